@@ -1,0 +1,244 @@
+//! The protocol between agent and controller: JSON over HTTP on the API port. Any member answers.
+//!
+//! | call | meaning |
+//! | --- | --- |
+//! | `POST /agent/v1/register` [`RegisterRequest`] -> [`RegisterResponse`] | join or come back; idempotent by node id |
+//! | `GET /agent/v1/desired?node_id=N` -> stream of [`DesiredSet`], one JSON object per line | first line at once, then one whenever the set changes, and the same again every few seconds as keepalive |
+//! | `POST /agent/v1/report` [`Report`] -> [`ReportResponse`] | heartbeat and observations; on a follower forwarded to the leader |
+//! | `GET /agent/v1/manifest?digest=HEX` (registry port) | a template's manifest |
+//! | `POST /agent/v1/chunks` (registry port) | chunks by digest, in stored form |
+
+use serde::{Deserialize, Serialize};
+
+/// An agent introduces itself.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RegisterRequest {
+    /// UUID made by the agent at its first start and kept on its disk.
+    pub node_id: String,
+    /// Shown name.
+    pub name: String,
+    /// Address CI can reach.
+    pub ip_address: String,
+    /// `amd64` or `arm64`.
+    pub arch: String,
+    /// Physical CPUs.
+    pub cpu_count: u32,
+    /// Memory in MB.
+    pub ram_mb: u64,
+    /// Disk size in bytes.
+    pub disk_bytes: u64,
+    /// Most VMs at once.
+    pub capacity: u32,
+    /// Node groups asked for.
+    pub groups: Vec<String>,
+    /// Release.
+    pub agent_version: String,
+    /// Driver name.
+    pub driver: String,
+}
+
+/// The controller's answer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RegisterResponse {
+    /// Echo.
+    pub node_id: String,
+    /// An agent refuses to serve another cluster than its first one.
+    pub cluster_id: String,
+    /// Heartbeat interval.
+    pub heartbeat_ms: u64,
+    /// How long instances may run without any controller having heard of us.
+    pub lease_ms: u64,
+    /// API addresses of all members.
+    pub controllers: Vec<String>,
+    /// Registry addresses of all members.
+    pub registries: Vec<String>,
+}
+
+/// Everything this node shall run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DesiredSet {
+    /// Only ever grows for one node; an agent refuses an older one.
+    pub generation: u64,
+    /// The whole set. An instance that the agent runs and that is not here is unknown: it is
+    /// reported, not destroyed; only `run == false` destroys.
+    pub instances: Vec<DesiredInstance>,
+}
+
+/// One instance of the desired set.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DesiredInstance {
+    /// Instance id.
+    pub id: String,
+    /// Fence; echoed in every observation.
+    pub generation: u64,
+    /// `true`: shall run. `false`: shall be gone.
+    pub run: bool,
+    /// From what.
+    pub image: ImageRef,
+    /// VM name.
+    pub name: String,
+    /// Virtual CPUs, 0 = default.
+    pub vcpu: u32,
+    /// Memory in MB, 0 = default.
+    pub ram_mb: u32,
+    /// Startup script.
+    pub script: Option<Script>,
+    /// Ports.
+    pub forwards: Vec<PortRule>,
+}
+
+/// Names the bytes of a disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ImageRef {
+    /// Template id.
+    pub template_id: String,
+    /// Template name, for messages.
+    pub template: String,
+    /// Tag name.
+    pub tag: String,
+    /// Tag number.
+    pub number: u32,
+    /// BLAKE3 of the manifest, hex.
+    pub manifest: String,
+}
+
+/// A startup script.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Script {
+    /// Standard base64.
+    pub body: String,
+    /// Wait for its end and report output.
+    pub monitored: bool,
+    /// Seconds.
+    pub timeout_s: u32,
+    /// `true`: do not wait for the network.
+    pub at_boot: bool,
+    /// 0 stop, 1 keep, 2 delete.
+    pub on_failure: u8,
+}
+
+/// A forwarded port.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PortRule {
+    /// Free name.
+    pub name: String,
+    /// Port in the guest.
+    pub guest_port: u16,
+    /// Port on the node; 0 = choose one.
+    pub host_port: u16,
+}
+
+/// Heartbeat with all that the agent observes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Report {
+    /// Reporter.
+    pub node_id: String,
+    /// The newest desired generation that was received.
+    pub generation: u64,
+    /// Every instance that the agent knows of (also unknown ones it adopted).
+    pub observed: Vec<Observed>,
+    /// Whole images in the cache.
+    pub images: Vec<ImageRef>,
+    /// Soft figures.
+    pub stats: NodeStats,
+}
+
+/// One observed instance.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Observed {
+    /// Instance id.
+    pub id: String,
+    /// Generation acted on.
+    pub generation: u64,
+    /// `pulling`, `starting`, `running`, `stopped`, `failed`, `rejected`, `gone`.
+    pub phase: String,
+    /// Reason for `failed` and `rejected`.
+    pub message: String,
+    /// Pull progress 0..1.
+    pub progress: f32,
+    /// VM facts.
+    pub vm: Option<VmFacts>,
+    /// Monitored script's result.
+    pub script: Option<ScriptResult>,
+}
+
+/// A VM as its driver sees it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmFacts {
+    /// VM UUID.
+    pub uuid: String,
+    /// VM name.
+    pub name: String,
+    /// `running`, `stopped`, `suspended`, `failed`.
+    pub status: String,
+    /// Guest address.
+    pub ip: String,
+    /// Address that reaches forwarded ports.
+    pub host_ip: String,
+    /// Virtual CPUs.
+    pub cpu_cores: u32,
+    /// MB.
+    pub ram_mb: u32,
+    /// In force.
+    pub port_forwarding: Vec<PortRule>,
+    /// 0 = none.
+    pub vnc_port: u16,
+    /// ms since epoch.
+    pub created_ms: u64,
+    /// ms since epoch.
+    pub started_ms: u64,
+    /// `kvm`, `tcg (reason)`, `fake`.
+    pub accelerator: String,
+}
+
+/// How a script ended.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ScriptResult {
+    /// Exit code.
+    pub return_code: i32,
+    /// Given up.
+    pub did_timeout: bool,
+    /// Last 1 MB at most.
+    pub stdout: String,
+    /// Last 1 MB at most.
+    pub stderr: String,
+}
+
+/// Soft figures of a node; never in the log.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NodeStats {
+    /// 0..1.
+    pub cpu_util: f32,
+    /// 0..1.
+    pub ram_util: f32,
+    /// Bytes.
+    pub free_disk: u64,
+    /// Bytes of images and VMs.
+    pub used_by_us: u64,
+    /// VMs that run.
+    pub vm_count: u32,
+}
+
+/// Answer to a report.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReportResponse {
+    /// `false`: the controller does not know this node; register again.
+    pub known: bool,
+    /// API addresses of all members, as of now.
+    pub controllers: Vec<String>,
+    /// Registry addresses of all members, as of now.
+    pub registries: Vec<String>,
+}

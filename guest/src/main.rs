@@ -1,0 +1,2 @@
+//! The guest agent of the tiny guest.
+fn main() {}

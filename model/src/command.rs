@@ -1,0 +1,189 @@
+//! Everything that can change the state. A command is a decision, never a policy; every id and
+//! every time in it was made by the proposer.
+
+use crate::ids::{CommandId, Digest, InstanceId, MemberId, NodeId, TemplateId};
+use crate::instance::{Observation, StartRequest, Value};
+use crate::node::{NodeConfig, NodeSpec};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// One log entry: the command, who it is, and when its proposer said it was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Envelope {
+    /// The same for every retry of one request.
+    pub id: CommandId,
+    /// Milliseconds since the Unix epoch at the proposer. `apply` uses `max(state clock, stamp)`.
+    pub stamp_ms: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// A state change. Variants are only ever appended (the encoding is positional).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Command {
+    /// Accept `ids.len()` instances at once: all or none.
+    StartInstances {
+        /// One id per instance.
+        ids: Vec<InstanceId>,
+        /// What each of them shall be.
+        request: Box<StartRequest>,
+    },
+    /// Change name, external id, metadata (keys merge; an empty patch field means "leave").
+    UpdateInstance {
+        /// Which.
+        id: InstanceId,
+        /// New name.
+        name: Option<String>,
+        /// New external id.
+        external_id: Option<String>,
+        /// Keys to set.
+        metadata: BTreeMap<String, Value>,
+    },
+    /// Ask for the end of an instance. Idempotent; wins over any start that races with it.
+    TerminateInstance {
+        /// Which.
+        id: InstanceId,
+    },
+    /// The scheduler's decisions; each holds only if its generation still does.
+    Bind {
+        /// In order; each is checked by itself.
+        bindings: Vec<Binding>,
+    },
+    /// What a node's driver reports, where it differs from what the state says.
+    Observe {
+        /// Reporter.
+        node: NodeId,
+        /// Changed instances only.
+        changes: Vec<Observation>,
+    },
+    /// Forget instances whose end is older than the retention (checked again here).
+    ExpireInstances {
+        /// Candidates.
+        ids: Vec<InstanceId>,
+        /// How long a finished instance stays visible, in ms (configuration travels with the command).
+        retention_ms: u64,
+    },
+    /// A node joins or comes back with new facts. Idempotent by id.
+    RegisterNode {
+        /// Made by the agent, kept on its disk.
+        id: NodeId,
+        /// Facts.
+        spec: Box<NodeSpec>,
+    },
+    /// Operator's change of a node.
+    ConfigureNode {
+        /// Which.
+        id: NodeId,
+        /// Only what is `Some` changes.
+        config: NodeConfig,
+    },
+    /// Remove a node that is gone; its live instances become `Error`.
+    RemoveNode {
+        /// Which.
+        id: NodeId,
+    },
+    /// The leader's liveness verdict. Unreachable long enough: `lost = true` fails its instances.
+    SetNodeReachability {
+        /// Which.
+        id: NodeId,
+        /// Heartbeats arrive.
+        reachable: bool,
+        /// Its lease has run out: its live instances become `Error` ("node lost").
+        lost: bool,
+    },
+    /// The durable facts of a node's image cache changed.
+    SetNodeImages {
+        /// Which.
+        id: NodeId,
+        /// Template and tag number of every whole cached image.
+        images: Vec<(TemplateId, u32)>,
+    },
+    /// A pushed tag, durable on `holder`. Invisible until a majority holds it.
+    PublishTag {
+        /// Used only if no template has this name yet.
+        new_template_id: TemplateId,
+        /// Template name.
+        template: String,
+        /// Tag name, unique within the template.
+        tag: String,
+        /// What it is made of.
+        content: TagContent,
+        /// The member whose disk has every byte.
+        holder: MemberId,
+        /// How many verified copies make it visible (already computed from the member list).
+        copies_needed: u32,
+    },
+    /// A member has every byte of a tag, verified and durable (`held`), or no longer has.
+    ReportHeld {
+        /// Template.
+        template: TemplateId,
+        /// Tag number.
+        number: u32,
+        /// The manifest this is about; a report about other bytes is ignored.
+        manifest: Digest,
+        /// Who.
+        member: MemberId,
+        /// Gained or lost.
+        held: bool,
+    },
+    /// Delete a template with all its tags.
+    DeleteTemplate {
+        /// Which.
+        id: TemplateId,
+    },
+    /// Delete a tag and every later one (the reference system's `revert`); tag 0 deletes the template.
+    RevertTemplate {
+        /// Which.
+        id: TemplateId,
+        /// Which tag; the latest visible one when absent.
+        selector: Option<TagSelector>,
+    },
+    /// Delete one tag and no other.
+    DeleteTag {
+        /// Which.
+        id: TemplateId,
+        /// Which tag.
+        selector: TagSelector,
+    },
+    /// A command without effect: commits, so that its proposer knows where the log is.
+    Noop,
+}
+
+/// One placement decision.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Binding {
+    /// Which instance.
+    pub instance: InstanceId,
+    /// On which node.
+    pub node: NodeId,
+    /// Only if the instance is still at this generation.
+    pub generation: u64,
+}
+
+/// How a caller names a tag.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TagSelector {
+    /// By name.
+    Name(String),
+    /// By number.
+    Number(u32),
+}
+
+/// What a tag is made of, and what is worth showing of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TagContent {
+    /// BLAKE3 of the manifest's bytes.
+    pub manifest: Digest,
+    /// Logical bytes of all its files.
+    pub size: u64,
+    /// `amd64`, `arm64` or empty.
+    pub arch: String,
+    /// Free text.
+    pub description: String,
+    /// Name of the disk file inside the manifest, e.g. `disk.qcow2`.
+    pub disk: String,
+    /// `qcow2` or `raw`.
+    pub format: String,
+    /// Port forwards that every instance of this tag gets: guest port and name.
+    pub forwards: Vec<crate::instance::PortRule>,
+}

@@ -1,0 +1,23 @@
+//! The replicated state machine of the cloud and the planner over it: pure functions of their
+//! input. No async, no IO, no clock, no randomness, no hash maps: two members that apply the same
+//! log must agree to the byte.
+//!
+//! * [`State`] holds everything; [`State::apply`] is the only way it changes.
+//! * [`plan`] proposes; the log records the choice; `apply` checks it again.
+//! * [`codec`] is the only place that knows how these types become bytes.
+
+pub mod apply;
+pub mod codec;
+pub mod command;
+pub mod ids;
+pub mod instance;
+pub mod node;
+pub mod outcome;
+pub mod plan;
+pub mod state;
+pub mod template;
+
+pub use command::{Command, Envelope};
+pub use ids::{CommandId, GroupId, InstanceId, MemberId, NodeId, TemplateId};
+pub use outcome::{Outcome, Refusal};
+pub use state::State;

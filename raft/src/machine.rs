@@ -1,0 +1,21 @@
+//! What committed bytes are applied to, seen from consensus: bytes in, bytes out, batches of them.
+
+use bytes::Bytes;
+pub use mainstay_storage::engine::Change;
+
+/// The machine cannot go on (an entry it cannot decode, a broken invariant): the member stops.
+#[derive(Debug, thiserror::Error)]
+#[error("state machine stopped: {0}")]
+pub struct Fault(pub String);
+
+/// A deterministic state machine. Calls come one at a time, in log order.
+pub trait Machine: Send + Sync + 'static {
+    /// Apply committed commands in order; one answer each.
+    fn apply(&self, commands: Vec<Bytes>) -> Result<Vec<Bytes>, Fault>;
+    /// Keys changed since the last call, with their newest values.
+    fn take_changes(&self) -> Vec<Change>;
+    /// Everything, in key order.
+    fn export(&self) -> Vec<(Vec<u8>, Vec<u8>)>;
+    /// Replace everything.
+    fn import(&self, entries: Vec<(Vec<u8>, Vec<u8>)>) -> Result<(), Fault>;
+}

@@ -1,0 +1,83 @@
+//! The one way into the replicated state: commands in, outcomes out; reads with their consistency named.
+
+use crate::stamp;
+use bytes::Bytes;
+use mainstay_model::{Command, CommandId, Envelope, Outcome, Refusal, State, codec};
+use mainstay_raft::{Group, GroupError};
+use parking_lot::{RwLock, RwLockReadGuard};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Longest a request waits for a leader and a commit (wire contract, trap 17: under 10 s).
+pub const REQUEST_DEADLINE: Duration = Duration::from_secs(9);
+/// The same for `/api/v1/status` (under 5 s).
+pub const STATUS_DEADLINE: Duration = Duration::from_secs(4);
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// The state machine refused; nothing changed.
+    #[error("{0:?}")]
+    Refused(Refusal),
+    /// Consensus could not, or could not say.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// Bytes of another release, or a bug.
+    #[error("undecodable outcome: {0}")]
+    Codec(#[from] codec::CodecError),
+}
+
+/// How fresh a read must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Consistency {
+    /// Sees everything acknowledged before the call, on any member.
+    Linearizable,
+    /// Whatever this member has.
+    Stale,
+}
+
+/// Shared by every handler and reconciler; cheap to clone.
+#[derive(Clone)]
+pub struct App {
+    group: Group,
+    state: Arc<RwLock<State>>,
+}
+
+impl App {
+    /// `state` is the one that the group's machine applies to.
+    pub fn new(group: Group, state: Arc<RwLock<State>>) -> Self {
+        Self { group, state }
+    }
+
+    /// Commit a new command and wait until it is applied. A refusal is an error.
+    pub async fn submit(&self, command: Command) -> Result<Outcome, AppError> {
+        self.submit_as(stamp::command_id(), command).await
+    }
+
+    /// The same with a caller's command id: submitted twice, applied once.
+    pub async fn submit_as(&self, id: CommandId, command: Command) -> Result<Outcome, AppError> {
+        let envelope = Envelope { id, stamp_ms: stamp::now_ms(), command };
+        let bytes = Bytes::from(codec::encode_envelope(&envelope));
+        let answer = self.group.propose(bytes, REQUEST_DEADLINE).await?;
+        match codec::decode_outcome(&answer)? {
+            Outcome::Refused(refusal) => Err(AppError::Refused(refusal)),
+            outcome => Ok(outcome),
+        }
+    }
+
+    /// Look at the state. Never hold the guard across an await: clone what you need.
+    pub async fn read(
+        &self,
+        consistency: Consistency,
+    ) -> Result<RwLockReadGuard<'_, State>, AppError> {
+        if consistency == Consistency::Linearizable {
+            self.group.read_barrier(REQUEST_DEADLINE).await?;
+        }
+        Ok(self.state.read())
+    }
+
+    /// This member's group handle.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+}

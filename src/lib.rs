@@ -1,0 +1,6 @@
+//! The controller: composition of model, storage, raft and agent into one process.
+//!
+//! See ARCHITECTURE.md for the code map.
+
+pub mod app;
+pub mod stamp;

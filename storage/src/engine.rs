@@ -1,0 +1,35 @@
+//! The durable copy of the applied state: keys and values, written behind by small checkpoints.
+//!
+//! A checkpoint is one atomic batch that carries the changed keys *and* the mark (applied index,
+//! membership), so that a crash finds both or neither.
+
+use crate::Result;
+
+/// A key and its new value; `None` = removed.
+pub type Change = (Vec<u8>, Option<Vec<u8>>);
+
+/// All that an engine holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// The mark of the last checkpoint.
+    pub mark: Option<Vec<u8>>,
+    /// Every key and value, in key order.
+    pub entries: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// A durable key-value store. Implementations: `SledEngine`, `MemoryEngine`. Calls block; a failed
+/// call is final (the member must stop).
+pub trait Engine: Send + Sync + 'static {
+    /// Read everything (at start).
+    fn load(&self) -> Result<Loaded>;
+    /// Apply `changes` and set the mark, atomically; durable on return. Values may be of any size.
+    fn checkpoint(&self, changes: &[Change], mark: &[u8]) -> Result<()>;
+    /// Replace everything (a snapshot was installed), atomically; durable on return.
+    fn replace(
+        &self,
+        entries: &mut dyn Iterator<Item = (Vec<u8>, Vec<u8>)>,
+        mark: &[u8],
+    ) -> Result<()>;
+    /// Bytes on disk.
+    fn disk_bytes(&self) -> u64;
+}
