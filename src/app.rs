@@ -56,7 +56,11 @@ impl App {
 
     /// The same with a caller's command id: submitted twice, applied once.
     pub async fn submit_as(&self, id: CommandId, command: Command) -> Result<Outcome, AppError> {
-        let envelope = Envelope { id, stamp_ms: stamp::now_ms(), command };
+        let envelope = Envelope {
+            id,
+            stamp_ms: stamp::now_ms(),
+            command,
+        };
         let bytes = Bytes::from(codec::encode_envelope(&envelope));
         let answer = self.group.propose(bytes, REQUEST_DEADLINE).await?;
         match codec::decode_outcome(&answer)? {

@@ -3,4 +3,5 @@
 //! See ARCHITECTURE.md for the code map.
 
 pub mod app;
+pub mod cli;
 pub mod stamp;

@@ -1,0 +1,4 @@
+//! The command line's parts. Each talks to a cluster over its public ports only; none opens a data directory of a running member.
+
+pub mod client;
+pub mod table;

@@ -1,0 +1,1 @@
+//! Tests that cross the seams between parts. This file is a list of modules, nothing else.
