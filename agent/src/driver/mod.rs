@@ -1,12 +1,18 @@
 //! What runs VMs. Every verb is idempotent; `list` is the truth; slow verbs can be cancelled by
-//! dropping their future.
+//! dropping their future. Knows nothing of controllers, templates or desired sets.
+//!
+//! * [`qemu`]: real VMs.
+//! * [`fake`]: VMs that exist only in memory, for tests and for rehearsing scale.
+
+pub mod fake;
+pub mod qemu;
 
 use crate::wire::{PortRule, Script, ScriptResult, VmFacts};
 use async_trait::async_trait;
 use std::path::PathBuf;
 
 /// What a VM shall be.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct VmSpec {
     /// Instance id: the driver's key for the VM.
     pub id: String,
@@ -37,6 +43,8 @@ pub struct VmSeen {
     pub generation: u64,
     /// Facts; `facts.status` is `running`, `stopped` or `failed`.
     pub facts: VmFacts,
+    /// Why it is not `running`, in a sentence; empty if it is.
+    pub message: String,
 }
 
 /// Why a driver could not.
@@ -58,7 +66,7 @@ pub trait Driver: Send + Sync + 'static {
     /// Everything that exists, read from what is really there (processes, sockets, disks).
     async fn list(&self) -> Result<Vec<VmSeen>, DriverError>;
     /// Make the VM and start it; returns once its process runs. A VM of this id that exists already
-    /// is left as it is.
+    /// is left as it is, also when it has stopped: look at the status of the facts.
     async fn start(&self, spec: &VmSpec) -> Result<VmFacts, DriverError>;
     /// Wait until the guest answers (agent and, unless `at_boot`, an address), bounded.
     async fn ready(&self, id: &str, need_network: bool) -> Result<VmFacts, DriverError>;
@@ -66,6 +74,26 @@ pub trait Driver: Send + Sync + 'static {
     async fn run_script(&self, id: &str, script: &Script) -> Result<ScriptResult, DriverError>;
     /// Stop it (ask, then force). Nothing to do if it does not run.
     async fn stop(&self, id: &str) -> Result<(), DriverError>;
-    /// Stop it and remove everything of it. Nothing to do if it does not exist.
+    /// Remove it with everything of it. Its disk goes with it, so a running guest is not asked to
+    /// shut down first; call `stop` before to let it. Nothing to do if it does not exist.
     async fn delete(&self, id: &str) -> Result<(), DriverError>;
+}
+
+/// Bytes of a script's output that are kept, from its end.
+pub const OUTPUT_KEPT: usize = 1 << 20;
+
+/// Ids become file names and process arguments: letters, digits, `-`, `_` and inner dots.
+fn check_id(id: &str) -> Result<(), DriverError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if (1..=100).contains(&id.len()) && !id.starts_with(['.', '-']) && id.chars().all(plain) {
+        Ok(())
+    } else {
+        Err(DriverError::Failed(format!("{id:?} cannot name a VM")))
+    }
+}
+
+/// Milliseconds since the epoch.
+fn now_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }

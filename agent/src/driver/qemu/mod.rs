@@ -1,0 +1,1 @@
+//! Real VMs (in work).
