@@ -2,6 +2,7 @@
 //!
 //! See ARCHITECTURE.md for the code map.
 
+pub mod agents;
 pub mod app;
 pub mod cli;
 pub mod stamp;
