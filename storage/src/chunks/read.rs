@@ -1,0 +1,131 @@
+//! Reading records: few large reads instead of many small ones.
+
+use super::index::{Entry, Location};
+use super::record::{HEADER_LEN, Header};
+use super::{ChunkId, Found, Record, Shared, io, pack};
+use crate::{Result, StorageError};
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+/// Open files kept; more than this and all are closed (they reopen on use).
+const OPEN_FILES_MAX: usize = 64;
+/// Longest single read.
+const READ_MAX: u64 = 4 << 20;
+/// Bytes between two wanted records that are read along rather than skipped.
+const GAP_MAX: u64 = 64 << 10;
+
+/// Open packs by number.
+#[derive(Default)]
+pub(super) struct Readers {
+    open: HashMap<u32, Arc<File>>,
+}
+
+impl Shared {
+    fn file(&self, number: u32) -> Result<Arc<File>> {
+        let mut readers = self.readers.lock();
+        if let Some(file) = readers.open.get(&number) {
+            return Ok(Arc::clone(file));
+        }
+        let path = pack::path(&self.dir, number);
+        let file = Arc::new(File::open(&path).map_err(io("open", &path))?);
+        if readers.open.len() >= OPEN_FILES_MAX {
+            readers.open.clear();
+        }
+        readers.open.insert(number, Arc::clone(&file));
+        Ok(file)
+    }
+
+    /// One record; `Corrupt` if its bytes are not what was written.
+    pub(super) fn read(&self, id: &ChunkId) -> Result<Option<Record>> {
+        let mut found = self.read_many(std::slice::from_ref(id))?;
+        if found.damaged.is_empty() {
+            return Ok(found.records.pop());
+        }
+        Err(StorageError::Corrupt {
+            path: self.dir.clone(),
+            detail: format!("chunk {id} fails its checksum; fetch it from another member"),
+        })
+    }
+
+    /// All that are held, in disk order; neighbours are read together.
+    pub(super) fn read_many(&self, ids: &[ChunkId]) -> Result<Found> {
+        let mut wanted = self.index.locate(ids);
+        wanted.sort_unstable_by_key(|(_, at)| (at.pack, at.offset));
+        wanted.dedup_by_key(|(id, _)| *id);
+        let mut found = Found::default();
+        let mut rest = wanted.as_slice();
+        while !rest.is_empty() {
+            let (run, after) = rest.split_at(run_len(rest));
+            self.read_run(run, &mut found)?;
+            rest = after;
+        }
+        Ok(found)
+    }
+
+    fn read_run(&self, run: &[Entry], found: &mut Found) -> Result<()> {
+        let (Some((_, first)), Some((_, last))) = (run.first(), run.last()) else {
+            return Ok(());
+        };
+        let file = self.file(first.pack)?;
+        let start = u64::from(first.offset);
+        let mut bytes = vec![0; usize::try_from(end(last) - start).unwrap_or(0)];
+        let path = pack::path(&self.dir, first.pack);
+        let got = read_up_to(&file, &mut bytes, start).map_err(io("read", &path))?;
+        bytes.truncate(got);
+        let bytes = Bytes::from(bytes);
+        for (id, at) in run {
+            let from = usize::try_from(u64::from(at.offset) - start).unwrap_or(usize::MAX);
+            match parse(&bytes, from, id, at) {
+                Some(record) => found.records.push(record),
+                None => found.damaged.push(*id),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn end(at: &Location) -> u64 {
+    u64::from(at.offset) + HEADER_LEN as u64 + u64::from(at.stored_len)
+}
+
+/// How many of the first entries are read together.
+fn run_len(entries: &[Entry]) -> usize {
+    let first = &entries[0].1;
+    let together = |pair: &[Entry]| {
+        let (a, b) = (&pair[0].1, &pair[1].1);
+        a.pack == b.pack
+            && u64::from(b.offset).saturating_sub(end(a)) <= GAP_MAX
+            && end(b) - u64::from(first.offset) <= READ_MAX
+    };
+    1 + entries.windows(2).take_while(|pair| together(pair)).count()
+}
+
+/// A file shorter than its index says is damage of the chunks behind its end, not a failed read.
+fn read_up_to(file: &File, bytes: &mut [u8], start: u64) -> std::io::Result<usize> {
+    let mut got = 0;
+    while got < bytes.len() {
+        match file.read_at(&mut bytes[got..], start + got as u64) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(got)
+}
+
+fn parse(bytes: &Bytes, from: usize, id: &ChunkId, at: &Location) -> Option<Record> {
+    let to = from.checked_add(HEADER_LEN + at.stored_len as usize)?;
+    let header = Header::decode(bytes.get(from..to)?)?;
+    let data = bytes.slice(from + HEADER_LEN..to);
+    let codec = header.codec?;
+    (header.id == *id && header.matches(&data)).then_some(Record {
+        id: *id,
+        codec,
+        raw_len: header.raw_len,
+        data,
+    })
+}
