@@ -5,4 +5,5 @@
 pub mod agents;
 pub mod app;
 pub mod cli;
+pub mod registry;
 pub mod stamp;

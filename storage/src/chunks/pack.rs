@@ -82,7 +82,7 @@ pub(super) fn open_all(dir: &Path) -> Result<(Index, Active)> {
     }
     let active = open_last(dir, last)?;
     index.insert(&active.entries);
-    if index_path(dir, last).exists() || active.len % BLOCK as u64 != 0 {
+    if index_path(dir, last).exists() || !active.len.is_multiple_of(BLOCK as u64) {
         return Ok((index, create(dir, last + 1)?));
     }
     Ok((index, active))
@@ -230,7 +230,7 @@ fn scan_records(file: &File, path: &Path, number: u32, len: u64) -> Result<Scan>
             }
         }
     }
-    scan.clean = scan.good_end == len && len % BLOCK as u64 == 0;
+    scan.clean = scan.good_end == len && len.is_multiple_of(BLOCK as u64);
     Ok(scan)
 }
 

@@ -12,7 +12,7 @@ fn raw(seed: u64, len: usize) -> Vec<u8> {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            if seed % 2 == 0 && i % 4 != 0 {
+            if seed.is_multiple_of(2) && i % 4 != 0 {
                 7
             } else {
                 (state >> 32) as u8
