@@ -1,4 +1,6 @@
 //! The command line's parts. Each talks to a cluster over its public ports only; none opens a data directory of a running member.
 
+pub mod bench;
 pub mod client;
+pub mod load;
 pub mod table;

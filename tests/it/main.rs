@@ -1,1 +1,3 @@
-//! Tests that cross the seams between parts. This file is a list of modules, nothing else.
+//! Tests of the house as a whole: fences, the API contract. Real processes are in `tests/process`.
+
+mod fences;

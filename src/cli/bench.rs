@@ -1,0 +1,128 @@
+//! `mainstay bench`: the load tool behind every published figure. Each client is one kept-alive
+//! connection that sends the next request when the last one is answered (closed loop); it drives a
+//! Mainstay cluster over its REST API, or an etcd cluster over gRPC, with the same loop, so that both
+//! sides see the same client.
+//!
+//! It knows how to send load and how to count; it starts nothing and judges nothing.
+
+use super::load::{Etcd, Load, Rest, Summary, Target};
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::json;
+use std::time::Duration;
+
+/// Arguments of `mainstay bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub work: Work,
+}
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum Work {
+    /// Committed durable writes of 256 bytes: metadata updates of instances, or etcd puts.
+    Writes(LoadArgs),
+    /// Linearizable reads by id: instances, or etcd keys.
+    Reads(LoadArgs),
+}
+
+/// How much load.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// Concurrent clients, spread over the endpoints.
+    #[arg(long, default_value_t = 16)]
+    pub clients: usize,
+    /// Seconds that count.
+    #[arg(long, default_value_t = 5)]
+    pub seconds: u64,
+    /// Seconds before that, which do not count.
+    #[arg(long, default_value_t = 1)]
+    pub warmup: u64,
+    /// Distinct instances or keys.
+    #[arg(long, default_value_t = 256)]
+    pub objects: usize,
+    /// Bytes of each value.
+    #[arg(long, default_value_t = 256)]
+    pub value_bytes: usize,
+    /// What runs at the endpoints.
+    #[arg(long, value_enum, default_value_t = Against::Mainstay)]
+    pub against: Against,
+    /// Template whose instances are updated (Mainstay only); see `mainstay template push`.
+    #[arg(long, default_value = "bench")]
+    pub template: String,
+}
+
+/// The system under load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Against {
+    /// A Mainstay cluster; endpoints are API addresses.
+    Mainstay,
+    /// An etcd cluster; endpoints are client addresses.
+    Etcd,
+}
+
+/// Run the load and print one line (or a JSON object) of figures.
+pub async fn run(args: BenchArgs, endpoints: &[String], as_json: bool) -> anyhow::Result<()> {
+    let (kind, load) = match args.work {
+        Work::Writes(load) => ("writes", load),
+        Work::Reads(load) => ("reads", load),
+    };
+    if endpoints.is_empty() || load.clients == 0 || load.objects == 0 {
+        bail!("bench needs at least one endpoint, one client and one object");
+    }
+    let plan = Load {
+        clients: load.clients,
+        warmup: Duration::from_secs(load.warmup),
+        counted: Duration::from_secs(load.seconds.max(1)),
+    };
+    let summary = match load.against {
+        Against::Mainstay => {
+            let target = Rest::prepare(endpoints, &load.template, load.objects, load.value_bytes)
+                .await
+                .context("prepare instances for the load")?;
+            drive(kind, plan, target).await?
+        }
+        Against::Etcd => {
+            let target = Etcd::prepare(endpoints, load.objects, load.value_bytes)
+                .await
+                .context("prepare keys for the load")?;
+            drive(kind, plan, target).await?
+        }
+    };
+    print(kind, load.against, load.clients, &summary, as_json);
+    if summary.done == 0 {
+        bail!(
+            "not one request succeeded; first error: {}",
+            summary.first_error.unwrap_or_default()
+        );
+    }
+    Ok(())
+}
+
+async fn drive<T: Target>(kind: &str, plan: Load, target: T) -> anyhow::Result<Summary> {
+    plan.run(target, kind == "writes").await
+}
+
+#[allow(clippy::print_stdout)] // the command's result
+fn print(kind: &str, against: Against, clients: usize, s: &Summary, as_json: bool) {
+    if as_json {
+        let line = json!({
+            "work": kind, "against": format!("{against:?}").to_lowercase(), "clients": clients,
+            "done": s.done, "failed": s.failed, "seconds": s.seconds, "per_second": s.per_second(),
+            "p50_ms": s.quantile_ms(0.50), "p99_ms": s.quantile_ms(0.99), "max_ms": s.quantile_ms(1.0),
+            "longest_gap_ms": s.longest_gap.as_secs_f64() * 1e3, "first_error": s.first_error,
+        });
+        println!("{line}");
+    } else {
+        println!(
+            "{kind} {against:?} clients={clients} {:.0}/s p50={:.2} ms p99={:.2} ms max={:.2} ms failed={}",
+            s.per_second(),
+            s.quantile_ms(0.50),
+            s.quantile_ms(0.99),
+            s.quantile_ms(1.0),
+            s.failed
+        );
+    }
+}

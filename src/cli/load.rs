@@ -1,0 +1,510 @@
+//! A closed-loop load generator and the two things it can drive. See [`super::bench`].
+
+use anyhow::{Context, anyhow, bail};
+use bytes::{BufMut, Bytes, BytesMut};
+use http::{Method, Request, Version};
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use serde_json::{Value, json};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::TcpStream;
+
+/// How long and how wide.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Concurrent clients.
+    pub clients: usize,
+    /// Not counted.
+    pub warmup: Duration,
+    /// Counted.
+    pub counted: Duration,
+}
+
+/// Something that can be written to and read from by object number.
+pub trait Target: Send + Sync + 'static {
+    /// One client's connection.
+    type Client: Client;
+    /// Connect client number `n`.
+    fn connect(&self, n: usize) -> impl Future<Output = anyhow::Result<Self::Client>> + Send;
+    /// Number of objects.
+    fn objects(&self) -> usize;
+}
+
+/// One client.
+pub trait Client: Send + 'static {
+    /// A durable write of object `n`; `turn` makes its value differ.
+    fn write(&mut self, n: usize, turn: u64) -> impl Future<Output = anyhow::Result<()>> + Send;
+    /// A linearizable read of object `n`.
+    fn read(&mut self, n: usize) -> impl Future<Output = anyhow::Result<()>> + Send;
+}
+
+/// What came of it.
+#[derive(Debug, Default)]
+pub struct Summary {
+    /// Successful requests in the counted time.
+    pub done: u64,
+    /// Failed ones.
+    pub failed: u64,
+    /// Counted time.
+    pub seconds: f64,
+    /// Longest time in which no client had a success.
+    pub longest_gap: Duration,
+    /// Text of the first failure.
+    pub first_error: Option<String>,
+    sorted_us: Vec<u32>,
+}
+
+impl Summary {
+    /// Successes per second.
+    pub fn per_second(&self) -> f64 {
+        self.done as f64 / self.seconds
+    }
+    /// Latency that the fraction `q` of successes stayed within.
+    pub fn quantile_ms(&self, q: f64) -> f64 {
+        let Some(last) = self.sorted_us.len().checked_sub(1) else {
+            return 0.0;
+        };
+        let at = (last as f64 * q).round() as usize;
+        f64::from(self.sorted_us[at.min(last)]) / 1e3
+    }
+}
+
+#[derive(Default)]
+struct Tally {
+    latencies_us: Vec<u32>,
+    ends: Vec<Instant>,
+    failed: u64,
+    first_error: Option<String>,
+}
+
+impl Load {
+    /// Run the load to its end.
+    pub async fn run<T: Target>(self, target: T, writes: bool) -> anyhow::Result<Summary> {
+        let target = Arc::new(target);
+        let mut clients = Vec::with_capacity(self.clients);
+        for n in 0..self.clients {
+            clients.push(target.connect(n).await?);
+        }
+        let begin = Instant::now() + self.warmup;
+        let end = begin + self.counted;
+        let mut tasks = Vec::with_capacity(self.clients);
+        for (n, client) in clients.into_iter().enumerate() {
+            tasks.push(tokio::spawn(one_client(
+                Arc::clone(&target),
+                client,
+                n,
+                writes,
+                begin,
+                end,
+            )));
+        }
+        let mut tallies = Vec::with_capacity(tasks.len());
+        for task in tasks {
+            tallies.push(task.await.context("a client task ended early")?);
+        }
+        Ok(summarise(tallies, begin, end))
+    }
+}
+
+async fn one_client<T: Target>(
+    target: Arc<T>,
+    mut client: T::Client,
+    n: usize,
+    writes: bool,
+    begin: Instant,
+    end: Instant,
+) -> Tally {
+    let mut tally = Tally::default();
+    let objects = target.objects();
+    let mut turn = 0_u64;
+    loop {
+        let start = Instant::now();
+        if start >= end {
+            return tally;
+        }
+        // A walk with a stride coprime to most sizes: clients do not march in step.
+        let object = (n * 7919 + usize::try_from(turn).unwrap_or(0) * 31) % objects;
+        turn += 1;
+        let result = if writes {
+            client.write(object, turn).await
+        } else {
+            client.read(object).await
+        };
+        let now = Instant::now();
+        match result {
+            Ok(()) if start >= begin && now <= end => {
+                let micros = now.duration_since(start).as_micros();
+                tally
+                    .latencies_us
+                    .push(u32::try_from(micros).unwrap_or(u32::MAX));
+                tally.ends.push(now);
+            }
+            Ok(()) => {}
+            Err(error) => {
+                tally.failed += 1;
+                tally
+                    .first_error
+                    .get_or_insert_with(|| format!("{error:#}"));
+                match target.connect(n).await {
+                    Ok(fresh) => client = fresh,
+                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            }
+        }
+    }
+}
+
+fn summarise(tallies: Vec<Tally>, begin: Instant, end: Instant) -> Summary {
+    let mut summary = Summary {
+        seconds: (end - begin).as_secs_f64(),
+        ..Summary::default()
+    };
+    let mut ends = Vec::new();
+    for tally in tallies {
+        summary.failed += tally.failed;
+        summary.first_error = summary.first_error.or(tally.first_error);
+        summary.sorted_us.extend(tally.latencies_us);
+        ends.extend(tally.ends);
+    }
+    summary.done = summary.sorted_us.len() as u64;
+    summary.sorted_us.sort_unstable();
+    ends.sort_unstable();
+    let mut last = begin;
+    for at in ends.into_iter().chain([end]) {
+        summary.longest_gap = summary.longest_gap.max(at.saturating_duration_since(last));
+        last = at;
+    }
+    summary
+}
+
+fn host_of(endpoint: &str) -> anyhow::Result<String> {
+    let rest = endpoint
+        .strip_prefix("http://")
+        .ok_or_else(|| anyhow!("endpoint {endpoint} must begin with http://"))?;
+    Ok(rest.trim_end_matches('/').to_owned())
+}
+
+async fn dial(host: &str) -> anyhow::Result<TcpStream> {
+    let stream = TcpStream::connect(host)
+        .await
+        .with_context(|| format!("connect to {host}"))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+// ---- Mainstay over REST -------------------------------------------------------------------------
+
+/// A Mainstay cluster: objects are instances, a write is a metadata update.
+#[derive(Debug)]
+pub struct Rest {
+    hosts: Vec<String>,
+    ids: Vec<String>,
+    value_bytes: usize,
+}
+
+/// One kept-alive REST connection.
+#[derive(Debug)]
+pub struct RestClient {
+    host: String,
+    ids: Arc<[String]>,
+    value_bytes: usize,
+    sender: http1::SendRequest<Full<Bytes>>,
+}
+
+impl Rest {
+    /// Start `objects` instances of `template`, or use those of an earlier run.
+    pub async fn prepare(
+        endpoints: &[String],
+        template: &str,
+        objects: usize,
+        value_bytes: usize,
+    ) -> anyhow::Result<Self> {
+        let hosts = endpoints
+            .iter()
+            .map(|e| host_of(e))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let mut client = RestClient::connect(&hosts[0], Arc::from([]), value_bytes).await?;
+        let templates = client
+            .call(Method::GET, "/api/v1/registry/vm?apiVer=v1", None)
+            .await?;
+        let id = templates
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|t| t["name"] == template)
+            .and_then(|t| t["id"].as_str().map(str::to_owned))
+            .ok_or_else(|| anyhow!("no template {template:?}: push one first"))?;
+        let listed = client.call(Method::GET, "/api/v1/vm", None).await?;
+        let mut ids: Vec<String> = listed
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|w| w["external_id"] == "bench")
+            .filter_map(|w| w["instance_id"].as_str().map(str::to_owned))
+            .collect();
+        while ids.len() < objects {
+            let count = (objects - ids.len()).min(100);
+            let body = json!({"vmid": id, "count": count, "external_id": "bench"});
+            let made = client.call(Method::POST, "/api/v1/vm", Some(body)).await?;
+            ids.extend(
+                made.as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|v| v.as_str().map(str::to_owned)),
+            );
+        }
+        ids.truncate(objects);
+        Ok(Self {
+            hosts,
+            ids,
+            value_bytes,
+        })
+    }
+}
+
+impl Target for Rest {
+    type Client = RestClient;
+    async fn connect(&self, n: usize) -> anyhow::Result<RestClient> {
+        let host = &self.hosts[n % self.hosts.len()];
+        RestClient::connect(host, Arc::from(self.ids.clone()), self.value_bytes).await
+    }
+    fn objects(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+impl RestClient {
+    async fn connect(host: &str, ids: Arc<[String]>, value_bytes: usize) -> anyhow::Result<Self> {
+        let (sender, connection) = http1::handshake(TokioIo::new(dial(host).await?)).await?;
+        tokio::spawn(connection);
+        Ok(Self {
+            host: host.to_owned(),
+            ids,
+            value_bytes,
+            sender,
+        })
+    }
+
+    async fn send(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> anyhow::Result<Bytes> {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", &self.host)
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body.unwrap_or_default())))?;
+        self.sender.ready().await?;
+        let answer = self.sender.send_request(request).await?;
+        let status = answer.status();
+        let bytes = answer.into_body().collect().await?.to_bytes();
+        if !status.is_success() {
+            bail!("{status}: {}", String::from_utf8_lossy(&bytes));
+        }
+        Ok(bytes)
+    }
+
+    async fn call(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> anyhow::Result<Value> {
+        let bytes = self
+            .send(method, path, body.map(|b| b.to_string().into_bytes()))
+            .await?;
+        let mut envelope: Value = serde_json::from_slice(&bytes)?;
+        if envelope["status"] != "OK" {
+            bail!("{}", envelope["message"]);
+        }
+        Ok(envelope["body"].take())
+    }
+}
+
+fn expect_ok(bytes: &[u8]) -> anyhow::Result<()> {
+    // Cheap on purpose: the generator shares its cores with what it measures.
+    if bytes
+        .windows(13)
+        .take(64)
+        .any(|w| w == b"\"status\":\"OK\"")
+    {
+        return Ok(());
+    }
+    bail!("{}", String::from_utf8_lossy(bytes))
+}
+
+impl Client for RestClient {
+    async fn write(&mut self, n: usize, turn: u64) -> anyhow::Result<()> {
+        let path = format!("/api/v1/vm?id={}", self.ids[n]);
+        let body = format!(
+            "{{\"metadata\":{{\"bench\":\"{turn:0width$}\"}}}}",
+            width = self.value_bytes
+        );
+        expect_ok(
+            &self
+                .send(Method::PUT, &path, Some(body.into_bytes()))
+                .await?,
+        )
+    }
+    async fn read(&mut self, n: usize) -> anyhow::Result<()> {
+        let path = format!("/api/v1/vm?id={}", self.ids[n]);
+        expect_ok(&self.send(Method::GET, &path, None).await?)
+    }
+}
+
+// ---- etcd over gRPC -----------------------------------------------------------------------------
+
+/// An etcd cluster: objects are keys, a write is a put, a read is a (linearizable) range.
+#[derive(Debug)]
+pub struct Etcd {
+    hosts: Vec<String>,
+    objects: usize,
+    value_bytes: usize,
+}
+
+/// One HTTP/2 connection that speaks just enough gRPC for Put and Range.
+#[derive(Debug)]
+pub struct EtcdClient {
+    host: String,
+    value_bytes: usize,
+    sender: http2::SendRequest<Full<Bytes>>,
+}
+
+impl Etcd {
+    /// Write every key once.
+    pub async fn prepare(
+        endpoints: &[String],
+        objects: usize,
+        value_bytes: usize,
+    ) -> anyhow::Result<Self> {
+        let hosts = endpoints
+            .iter()
+            .map(|e| host_of(e))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let target = Self {
+            hosts,
+            objects,
+            value_bytes,
+        };
+        let mut client = target.connect(0).await?;
+        for n in 0..objects {
+            client.write(n, 0).await?;
+        }
+        Ok(target)
+    }
+}
+
+impl Target for Etcd {
+    type Client = EtcdClient;
+    async fn connect(&self, n: usize) -> anyhow::Result<EtcdClient> {
+        let host = self.hosts[n % self.hosts.len()].clone();
+        let io = TokioIo::new(dial(&host).await?);
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
+        tokio::spawn(connection);
+        Ok(EtcdClient {
+            host,
+            value_bytes: self.value_bytes,
+            sender,
+        })
+    }
+    fn objects(&self) -> usize {
+        self.objects
+    }
+}
+
+impl EtcdClient {
+    async fn unary(&mut self, method: &str, message: &[u8]) -> anyhow::Result<()> {
+        // gRPC: one byte "not compressed", four bytes of length, the protobuf message.
+        let mut body = BytesMut::with_capacity(message.len() + 5);
+        body.put_u8(0);
+        body.put_u32(u32::try_from(message.len())?);
+        body.put_slice(message);
+        let request = Request::builder()
+            .method(Method::POST)
+            .version(Version::HTTP_2)
+            .uri(format!("http://{}/etcdserverpb.KV/{method}", self.host))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(Full::new(body.freeze()))?;
+        self.sender.ready().await?;
+        let answer = self.sender.send_request(request).await?;
+        let early = answer.headers().get("grpc-status").cloned();
+        let body = answer.into_body().collect().await?;
+        let status = body
+            .trailers()
+            .and_then(|t| t.get("grpc-status"))
+            .cloned()
+            .or(early);
+        match status {
+            Some(code) if code == "0" => Ok(()),
+            other => bail!("etcd answered grpc-status {other:?}"),
+        }
+    }
+}
+
+/// A length-delimited protobuf field.
+fn put_field(out: &mut Vec<u8>, number: u8, bytes: &[u8]) {
+    out.push(number << 3 | 2);
+    let mut len = bytes.len();
+    while len >= 0x80 {
+        out.push(u8::try_from(len & 0x7f).unwrap_or(0) | 0x80);
+        len >>= 7;
+    }
+    out.push(u8::try_from(len).unwrap_or(0));
+    out.extend_from_slice(bytes);
+}
+
+impl Client for EtcdClient {
+    async fn write(&mut self, n: usize, turn: u64) -> anyhow::Result<()> {
+        let mut message = Vec::with_capacity(self.value_bytes + 64);
+        put_field(&mut message, 1, format!("bench/{n}").as_bytes());
+        put_field(
+            &mut message,
+            2,
+            format!("{turn:0width$}", width = self.value_bytes).as_bytes(),
+        );
+        self.unary("Put", &message).await
+    }
+    async fn read(&mut self, n: usize) -> anyhow::Result<()> {
+        let mut message = Vec::with_capacity(64);
+        put_field(&mut message, 1, format!("bench/{n}").as_bytes());
+        self.unary("Range", &message).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn protobuf_lengths_over_127_take_two_bytes() {
+        let mut out = Vec::new();
+        put_field(&mut out, 2, &[7; 300]);
+        assert_eq!(&out[..3], &[0x12, 0xac, 0x02]);
+        assert_eq!(out.len(), 303);
+    }
+
+    #[test]
+    fn the_longest_gap_counts_silence_at_both_ends() {
+        let begin = Instant::now();
+        let end = begin + Duration::from_secs(10);
+        let tally = Tally {
+            latencies_us: vec![1000, 2000],
+            ends: vec![
+                begin + Duration::from_secs(1),
+                begin + Duration::from_secs(8),
+            ],
+            ..Tally::default()
+        };
+        let summary = summarise(vec![tally], begin, end);
+        assert_eq!(summary.longest_gap, Duration::from_secs(7));
+        assert_eq!(summary.done, 2);
+        assert!((summary.quantile_ms(1.0) - 2.0).abs() < 1e-9);
+    }
+}

@@ -1,0 +1,379 @@
+//! Three server processes, and agents, under a test's control.
+
+use serde_json::Value;
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// The binary under test.
+pub const BIN: &str = env!("CARGO_BIN_EXE_mainstay");
+
+/// One server: its addresses outlive its process.
+pub struct Member {
+    pub name: String,
+    pub api: String,
+    pub registry: String,
+    pub peer: String,
+    pub data: PathBuf,
+    child: Option<Child>,
+}
+
+/// A cluster and its agents; everything ends with it.
+pub struct Cluster {
+    pub dir: tempfile::TempDir,
+    pub members: Vec<Member>,
+    pub token: String,
+    agents: Vec<(String, Child)>,
+    pub client: reqwest::Client,
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+impl Cluster {
+    /// Addresses and directories for members `c1`..; nothing is started.
+    pub fn new(count: usize) -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("mainstay-")
+            .tempdir()
+            .unwrap();
+        let member = |n: usize| Member {
+            name: format!("c{}", n + 1),
+            api: format!("127.0.0.1:{}", free_port()),
+            registry: format!("127.0.0.1:{}", free_port()),
+            peer: format!("127.0.0.1:{}", free_port()),
+            data: dir.path().join(format!("c{}", n + 1)),
+            child: None,
+        };
+        let members = (0..count).map(member).collect();
+        let client = reqwest::Client::builder()
+            .timeout(Duration::from_secs(12))
+            .build()
+            .unwrap();
+        Self {
+            dir,
+            members,
+            token: "test-token".to_owned(),
+            agents: Vec::new(),
+            client,
+        }
+    }
+
+    /// Three members, started and ready.
+    pub async fn ready() -> Self {
+        let mut cluster = Self::new(3);
+        for n in 0..3 {
+            cluster.start(n);
+        }
+        cluster.wait_ready(&[0, 1, 2]).await;
+        cluster
+    }
+
+    /// The member list as the command line takes it.
+    pub fn list(&self) -> String {
+        let each = self
+            .members
+            .iter()
+            .map(|m| format!("{}=http://{}", m.name, m.peer));
+        each.collect::<Vec<_>>().join(",")
+    }
+
+    /// The command that runs member `n`, for tests that want to change it.
+    pub fn server_command(&self, n: usize) -> Command {
+        let m = &self.members[n];
+        let mut command = Command::new(BIN);
+        command
+            .args([
+                "server",
+                "--name",
+                &m.name,
+                "--initial-cluster",
+                &self.list(),
+            ])
+            .args([
+                "--listen",
+                &m.api,
+                "--registry-listen",
+                &m.registry,
+                "--peer-listen",
+                &m.peer,
+            ])
+            .args(["--cluster-token", &self.token])
+            .arg("--data-dir")
+            .arg(&m.data)
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn log_file(&self, name: &str) -> File {
+        let path = self.dir.path().join(format!("{name}.log"));
+        File::options()
+            .create(true)
+            .append(true)
+            .open(path)
+            .unwrap()
+    }
+
+    /// Everything a process printed.
+    pub fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.dir.path().join(format!("{name}.log"))).unwrap_or_default()
+    }
+
+    /// Start member `n`.
+    pub fn start(&mut self, n: usize) {
+        let log = self.log_file(&self.members[n].name);
+        let mut command = self.server_command(n);
+        command.stdout(log.try_clone().unwrap()).stderr(log);
+        self.members[n].child = Some(command.spawn().expect("the server starts"));
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self, n: usize) {
+        let mut child = self.members[n].child.take().expect("the member runs");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// Has the process of member `n` ended by itself?
+    pub fn exited(&mut self, n: usize) -> Option<std::process::ExitStatus> {
+        self.members[n]
+            .child
+            .as_mut()
+            .and_then(|c| c.try_wait().unwrap())
+    }
+
+    /// Is it running, as far as this test knows?
+    pub fn running(&self, n: usize) -> bool {
+        self.members[n].child.is_some()
+    }
+
+    /// API addresses of all members, as the command line takes them.
+    pub fn endpoints(&self) -> String {
+        self.members
+            .iter()
+            .map(|m| format!("http://{}", m.api))
+            .collect::<Vec<_>>()
+            .join(",")
+    }
+
+    /// Wait until `/readyz` of each of these members is 200.
+    pub async fn wait_ready(&mut self, which: &[usize]) {
+        for &n in which {
+            let url = format!("http://{}/readyz", self.members[n].api);
+            let begin = Instant::now();
+            loop {
+                if let Ok(answer) = self.client.get(&url).send().await
+                    && answer.status() == 200
+                {
+                    break;
+                }
+                let name = self.members[n].name.clone();
+                if let Some(status) = self.exited(n) {
+                    panic!("{name} ended with {status}:\n{}", tail(&self.log(&name)));
+                }
+                let log = tail(&self.log(&name));
+                assert!(
+                    begin.elapsed() < Duration::from_secs(60),
+                    "{name} is not ready:\n{log}"
+                );
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+
+    /// Run the command line against all members.
+    pub fn cli(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(BIN);
+        command
+            .args(args)
+            .args(["--endpoints", &self.endpoints()])
+            .stdin(Stdio::null());
+        command.output().expect("the command line runs")
+    }
+
+    /// The same, which must succeed; its standard output.
+    pub fn cli_ok(&self, args: &[&str]) -> String {
+        let out = self.cli(args);
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let error = String::from_utf8_lossy(&out.stderr);
+        assert!(
+            out.status.success(),
+            "mainstay {args:?}: {}\n{text}{error}",
+            out.status
+        );
+        text
+    }
+
+    /// The same with `--output json`, decoded.
+    pub fn cli_json(&self, args: &[&str]) -> Value {
+        let mut all = args.to_vec();
+        all.extend(["--output", "json"]);
+        let text = self.cli_ok(&all);
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?} printed {text:?}: {e}"))
+    }
+
+    /// One REST call to member `n`; the envelope's body of an OK answer, else the error text.
+    pub async fn call(
+        &self,
+        n: usize,
+        method: &str,
+        path: &str,
+        body: Option<Value>,
+    ) -> Result<Value, String> {
+        let url = format!("http://{}{path}", self.members[n].api);
+        let mut request = self.client.request(method.parse().unwrap(), url);
+        if let Some(body) = body {
+            request = request.body(body.to_string());
+        }
+        let answer = request.send().await.map_err(|e| format!("{e:?}"))?;
+        let status = answer.status();
+        let text = answer.text().await.map_err(|e| format!("{e:?}"))?;
+        let mut envelope: Value =
+            serde_json::from_str(&text).map_err(|e| format!("{status} {text:?}: {e}"))?;
+        if status != 200 || envelope["status"] != "OK" {
+            return Err(format!(
+                "{status} {}",
+                envelope["message"].as_str().unwrap_or("")
+            ));
+        }
+        Ok(envelope["body"].take())
+    }
+
+    /// Index of the leader, as soon as a running member names one that runs.
+    pub async fn leader(&self) -> usize {
+        let begin = Instant::now();
+        loop {
+            for n in (0..self.members.len()).filter(|n| self.running(*n)) {
+                let Ok(list) = self.call(n, "GET", "/api/v1/members", None).await else {
+                    continue;
+                };
+                let leads = |m: &&Value| m["is_leader"] == true;
+                let Some(leader) = list.as_array().into_iter().flatten().find(leads) else {
+                    continue;
+                };
+                let found = self
+                    .members
+                    .iter()
+                    .position(|m| leader["name"] == m.name.as_str());
+                if let Some(found) = found.filter(|f| self.running(*f)) {
+                    return found;
+                }
+            }
+            assert!(begin.elapsed() < Duration::from_secs(30), "no leader");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Start an agent with these extra arguments; its data directory survives restarts by name.
+    pub fn start_agent(&mut self, name: &str, extra: &[&str]) {
+        let log = self.log_file(name);
+        let mut command = Command::new(BIN);
+        command
+            .args([
+                "node",
+                "join",
+                &self.endpoints(),
+                "--name",
+                name,
+                "--host",
+                "127.0.0.1",
+            ])
+            .arg("--data-dir")
+            .arg(self.dir.path().join(name))
+            .args(extra)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
+        self.agents
+            .push((name.to_owned(), command.spawn().expect("the agent starts")));
+    }
+
+    /// kill -9 an agent.
+    pub fn kill_agent(&mut self, name: &str) {
+        let at = self
+            .agents
+            .iter()
+            .position(|(n, _)| n == name)
+            .expect("the agent runs");
+        let (_, mut child) = self.agents.remove(at);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// Processes whose command line mentions this cluster's directory: its VMs.
+    pub fn vm_processes(&self) -> Vec<u32> {
+        processes_naming(self.dir.path())
+            .into_iter()
+            .filter(|(_, line)| line.contains("qemu-system"))
+            .map(|(pid, _)| pid)
+            .collect()
+    }
+}
+
+fn processes_naming(dir: &Path) -> Vec<(u32, String)> {
+    let needle = dir.to_string_lossy().into_owned();
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let raw = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&raw).replace('\0', " ");
+        let cwd = std::fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+        if line.contains(&needle) || cwd.starts_with(dir) {
+            found.push((pid, line));
+        }
+    }
+    found
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for (_, child) in &mut self.agents {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for member in &mut self.members {
+            if let Some(mut child) = member.child.take() {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+        for pid in self.vm_processes() {
+            let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
+        }
+        if std::thread::panicking() {
+            for name in ["c1", "c2", "c3", "node1"] {
+                eprintln!("--- last lines of {name}:\n{}", tail(&self.log(name)));
+            }
+        }
+    }
+}
+
+/// Wait until `probe` answers `Some`, at most `limit`; `what` names it in the failure.
+pub async fn until<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    limit: Duration,
+    mut probe: impl FnMut() -> F,
+) -> T {
+    let begin = Instant::now();
+    loop {
+        if let Some(found) = probe().await {
+            return found;
+        }
+        assert!(begin.elapsed() < limit, "not within {limit:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
