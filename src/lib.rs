@@ -5,5 +5,6 @@
 pub mod agents;
 pub mod app;
 pub mod cli;
+pub mod http;
 pub mod registry;
 pub mod stamp;

@@ -1,0 +1,174 @@
+//! The REST dialect on the API port: thin handlers (read the call, ask [`App`], convert). Knows
+//! the wire contract; refuses to know consensus, storage or how a decision is made.
+//!
+//! * [`router`]: all routes of this module; merge others onto it.
+//! * [`envelope`]: how requests are read and answers wrapped; [`error`]: the only status table.
+//! * [`instances`], [`nodes`], [`templates`]: JSON from the state; [`start`]: the start request.
+//! * [`routes`]: the handlers; [`front`]: what happens before routing.
+//!
+//! The server that carries the router keeps idle connections for at least 120 s.
+
+pub mod envelope;
+pub mod error;
+pub mod front;
+pub mod instances;
+pub mod nodes;
+pub mod routes;
+pub mod start;
+pub mod templates;
+pub mod time;
+
+use crate::agents::liveness::Liveness;
+use crate::app::{App, Consistency};
+use axum::Router;
+use envelope::Call;
+use error::ApiError;
+use http::HeaderValue;
+use mainstay_model::State;
+use mainstay_storage::chunks::ChunkStats;
+use parking_lot::{Mutex, RwLockReadGuard};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// A figure that is looked up when it is asked for.
+pub type Getter<T> = Arc<dyn Fn() -> T + Send + Sync>;
+
+/// Room on the disk that holds the data directory, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Disk {
+    /// Free for us.
+    pub free: u64,
+    /// All.
+    pub total: u64,
+}
+
+/// What the handlers tell about this member beyond the replicated state.
+#[derive(Clone)]
+pub struct About {
+    /// Member name, for as long as the membership does not say.
+    pub name: String,
+    /// `x.y.z-hash`.
+    pub version: String,
+    /// Registry address that others are told.
+    pub registry_address: String,
+    /// Answer cross-origin requests of browsers.
+    pub allow_cors: bool,
+    /// Bytes of the durable state on disk.
+    pub db_size: Getter<u64>,
+    /// Room on disk; `None` when the registry's disk cannot be asked.
+    pub disk: Getter<Option<Disk>>,
+    /// Chunk store figures.
+    pub chunks: Getter<ChunkStats>,
+}
+
+/// Shared by all handlers; cheap to clone.
+#[derive(Clone)]
+pub struct ApiState {
+    /// The way into the replicated state.
+    pub app: App,
+    /// Soft facts about nodes.
+    pub liveness: Liveness,
+    /// This member.
+    pub about: Arc<About>,
+    /// Start of the newest read barrier that succeeded: the local state is at least that new.
+    fresh: Arc<Mutex<Option<Instant>>>,
+}
+
+/// What JSON is built from.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    /// Replicated.
+    pub state: &'a State,
+    /// Soft.
+    pub soft: &'a Liveness,
+    /// Registry address that others are told.
+    pub registry_address: &'a str,
+}
+
+impl ApiState {
+    /// Bring the parts together.
+    pub fn new(app: App, liveness: Liveness, about: About) -> Self {
+        Self {
+            app,
+            liveness,
+            about: Arc::new(about),
+            fresh: Arc::default(),
+        }
+    }
+
+    /// Read the state as fresh as the call wants it. Drop the guard before the next await.
+    async fn read(&self, call: &Call) -> Result<Reading<'_>, ApiError> {
+        let consistency = call.consistency()?;
+        let asked = Instant::now();
+        let state = self.app.read(consistency).await?;
+        if consistency == Consistency::Linearizable {
+            self.refreshed(asked);
+        }
+        let stale = (consistency == Consistency::Stale).then(|| Stale {
+            // Under the guard nothing is applied, so this index never claims more than `state` has.
+            applied: self.app.group().status().applied,
+            age: self.fresh.lock().map(|at| at.elapsed()),
+        });
+        Ok(Reading {
+            api: self,
+            state,
+            stale,
+        })
+    }
+
+    /// Wait until the local state has everything acknowledged before this call.
+    async fn barrier(&self, deadline: Duration) -> Result<(), ApiError> {
+        let asked = Instant::now();
+        self.app.group().read_barrier(deadline).await?;
+        self.refreshed(asked);
+        Ok(())
+    }
+
+    fn refreshed(&self, at: Instant) {
+        let mut fresh = self.fresh.lock();
+        *fresh = (*fresh).max(Some(at));
+    }
+}
+
+struct Stale {
+    applied: u64,
+    age: Option<Duration>,
+}
+
+/// The state under its guard, and what to say about its freshness.
+struct Reading<'a> {
+    api: &'a ApiState,
+    state: RwLockReadGuard<'a, State>,
+    stale: Option<Stale>,
+}
+
+impl Reading<'_> {
+    fn view(&self) -> View<'_> {
+        View {
+            state: &self.state,
+            soft: &self.api.liveness,
+            registry_address: &self.api.about.registry_address,
+        }
+    }
+
+    /// Add the headers of a stale read.
+    fn finish(self, mut response: axum::response::Response) -> axum::response::Response {
+        if let Some(stale) = self.stale {
+            let headers = response.headers_mut();
+            headers.insert("x-mainstay-applied-index", HeaderValue::from(stale.applied));
+            if let Some(age) = stale.age {
+                let ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+                headers.insert("x-mainstay-age-ms-max", HeaderValue::from(ms));
+            }
+        }
+        response
+    }
+}
+
+/// Every route of the REST dialect. Slashes are collapsed before routing; answers are compressed
+/// when the client takes gzip.
+pub fn router(state: ApiState) -> Router {
+    let allow_cors = state.about.allow_cors;
+    front::wrap(routes::all().with_state(state), allow_cors)
+}

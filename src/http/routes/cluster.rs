@@ -1,0 +1,101 @@
+//! The members, as this one sees them. Answers without a leader and without a quorum: it is what
+//! one looks at when those are missing.
+
+use crate::http::ApiState;
+use crate::http::envelope;
+use axum::extract::State;
+use axum::response::Response;
+use mainstay_model::MemberId;
+use mainstay_raft::{MemberStatus, Role, Status};
+use serde::Serialize;
+
+#[derive(Serialize)]
+struct MemberView<'a> {
+    id: String,
+    name: &'a str,
+    api_url: &'a str,
+    registry_url: &'a str,
+    peer_url: &'a str,
+    role: &'static str,
+    is_leader: bool,
+    matched: Option<u64>,
+}
+
+impl<'a> MemberView<'a> {
+    fn new(id: u64, at: &'a MemberStatus, leader: Option<u64>) -> Self {
+        let role = match at.role {
+            Role::Voter => "voter",
+            Role::Learner => "learner",
+        };
+        Self {
+            id: MemberId(id).to_string(),
+            name: &at.member.name,
+            api_url: &at.member.api_url,
+            registry_url: &at.member.registry_url,
+            peer_url: &at.member.peer_url,
+            role,
+            is_leader: leader == Some(id),
+            matched: at.matched,
+        }
+    }
+}
+
+pub(super) async fn members(State(api): State<ApiState>) -> Response {
+    let status = api.app.group().status();
+    let all = status.members.iter();
+    let all: Vec<_> = all
+        .map(|(&id, at)| MemberView::new(id, at, status.leader))
+        .collect();
+    envelope::ok(&all)
+}
+
+#[derive(Serialize)]
+struct StatusRow<'a> {
+    name: &'a str,
+    id: String,
+    version: &'a str,
+    db_size: u64,
+    is_leader: bool,
+    is_learner: bool,
+    leader: Option<String>,
+    term: u64,
+    index: u64,
+    applied: u64,
+    errors: Vec<String>,
+}
+
+/// This member's row of `mainstay status`.
+pub(super) async fn status(State(api): State<ApiState>) -> Response {
+    let status = api.app.group().status();
+    let me = status.members.get(&status.id);
+    let name = me
+        .map(|at| at.member.name.as_str())
+        .filter(|name| !name.is_empty());
+    envelope::ok(&StatusRow {
+        name: name.unwrap_or(&api.about.name),
+        id: MemberId(status.id).to_string(),
+        version: &api.about.version,
+        db_size: (api.about.db_size)(),
+        is_leader: status.is_leader(),
+        is_learner: me.is_some_and(|at| at.role == Role::Learner),
+        leader: status.leader.map(|id| MemberId(id).to_string()),
+        term: status.term,
+        index: status.last_log,
+        applied: status.applied,
+        errors: errors(&status),
+    })
+}
+
+fn errors(status: &Status) -> Vec<String> {
+    let mut errors = Vec::new();
+    if let Some(fault) = &status.fault {
+        errors.push(format!("stopped: {fault}"));
+    } else if status.members.is_empty() {
+        errors.push("not yet a member of a cluster".to_owned());
+    } else if !status.members.contains_key(&status.id) {
+        errors.push("removed from the cluster".to_owned());
+    } else if status.leader.is_none() {
+        errors.push("no leader".to_owned());
+    }
+    errors
+}

@@ -1,0 +1,85 @@
+//! Nodes: list, show, configure, remove; and their groups.
+
+use crate::http::ApiState;
+use crate::http::envelope::{self, Call, wrong};
+use crate::http::error::ApiError;
+use crate::http::nodes::NodeList;
+use axum::extract::State;
+use axum::response::Response;
+use mainstay_model::NodeId;
+use mainstay_model::command::Command;
+use mainstay_model::node::{CapacityMode, NodeConfig};
+
+/// Largest override that is taken for meant: vCPUs, or GB of memory.
+const OVERRIDE_MAX: u64 = 1 << 20;
+
+pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+    let id = call.text("id")?.map(NodeId);
+    let reading = api.read(&call).await?;
+    let view = reading.view();
+    let only = match id {
+        None => None,
+        Some(id) => Some(view.state.nodes.get(&id).ok_or_else(ApiError::not_found)?),
+    };
+    let response = envelope::ok(&NodeList { view, only });
+    Ok(reading.finish(response))
+}
+
+pub(super) async fn configure(
+    State(api): State<ApiState>,
+    call: Call,
+) -> Result<Response, ApiError> {
+    let command = Command::ConfigureNode {
+        id: NodeId(call.required("node_id")?),
+        config: config(&call)?,
+    };
+    api.app.submit_as(call.command_id(), command).await?;
+    Ok(envelope::done())
+}
+
+fn config(call: &Call) -> Result<NodeConfig, ApiError> {
+    let capacity_mode = match call.text("capacity_mode")?.as_deref() {
+        None => None,
+        Some("number") => Some(CapacityMode::Number),
+        Some("resource") => Some(CapacityMode::Resource),
+        Some(_) => return Err(wrong("capacity_mode", "number or resource")),
+    };
+    // Central logging is not ours; the member is read so that a wrong type is still named.
+    call.flag("disable_central_logging")?;
+    let small = |name| -> Result<Option<u32>, ApiError> {
+        Ok(call
+            .int(name, 0..=OVERRIDE_MAX)?
+            .and_then(|n| u32::try_from(n).ok()))
+    };
+    Ok(NodeConfig {
+        capacity: small("max_vm_count")?,
+        name: call.text("name")?,
+        host: call.text("host")?,
+        capacity_mode,
+        vcpu_override: small("vcpu_override")?,
+        ram_override_mb: call
+            .int("ram_override", 0..=OVERRIDE_MAX)?
+            .map(|gb| gb * 1024),
+        drain: call.flag("drain_mode")?,
+    })
+}
+
+pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+    let id = match call.text("node_id")? {
+        Some(id) => id,
+        None => call
+            .text("id")?
+            .ok_or_else(|| ApiError::bad("node_id is required"))?,
+    };
+    let command = Command::RemoveNode { id: NodeId(id) };
+    api.app.submit_as(call.command_id(), command).await?;
+    Ok(envelope::done())
+}
+
+/// Node groups: none can be made yet, so there are none.
+pub(super) async fn groups(call: Call) -> Result<Response, ApiError> {
+    match call.text("id")? {
+        None => Ok(envelope::ok::<[(); 0]>(&[])),
+        Some(_) => Err(ApiError::not_found()),
+    }
+}

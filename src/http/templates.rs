@@ -1,0 +1,144 @@
+//! Templates as JSON, for the API and the registry port. A template without a visible tag is not
+//! there yet. Knows names and digests only, never bytes.
+
+use mainstay_model::State;
+use mainstay_model::template::{Tag, Template};
+use serde::{Serialize, Serializer};
+
+/// `GET /api/v1/registry/vm`: an array.
+#[derive(Clone, Copy)]
+pub struct TemplateList<'a> {
+    /// Where they are.
+    pub state: &'a State,
+    /// `apiVer=v1`: id and name, without size and architecture.
+    pub short: bool,
+}
+
+impl Serialize for TemplateList<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let visible = self
+            .state
+            .templates
+            .values()
+            .filter(|t| t.latest().is_some());
+        serializer.collect_seq(visible.map(|t| Item::new(t, self.short)))
+    }
+}
+
+#[derive(Serialize)]
+struct Item<'a> {
+    id: &'a str,
+    name: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    arch: Option<&'a str>,
+    /// Pulls are not recorded.
+    last_pull: u64,
+    last_push: u64,
+}
+
+impl<'a> Item<'a> {
+    fn new(template: &'a Template, short: bool) -> Self {
+        Self {
+            id: template.id.as_str(),
+            name: &template.name,
+            size: (!short).then(|| size(template)),
+            arch: (!short).then(|| arch(template)),
+            last_pull: 0,
+            last_push: last_push(template),
+        }
+    }
+}
+
+/// `GET /api/v1/registry/vm?id=`: one template with its visible tags in order.
+#[derive(Serialize)]
+pub struct TemplateView<'a> {
+    id: &'a str,
+    name: &'a str,
+    size: u64,
+    arch: &'a str,
+    /// Pulls are not recorded.
+    last_pull: u64,
+    last_push: u64,
+    versions: Vec<TagView<'a>>,
+}
+
+impl<'a> TemplateView<'a> {
+    /// `None` while no tag is visible.
+    pub fn new(template: &'a Template) -> Option<Self> {
+        template.latest()?;
+        Some(Self {
+            id: template.id.as_str(),
+            name: &template.name,
+            size: size(template),
+            arch: arch(template),
+            last_pull: 0,
+            last_push: last_push(template),
+            versions: template.visible_tags().map(TagView::new).collect(),
+        })
+    }
+}
+
+#[derive(Serialize)]
+struct TagView<'a> {
+    number: u32,
+    tag: &'a str,
+    config_file: &'static str,
+    nvram: &'static str,
+    images: Vec<&'a str>,
+    state_files: [&'static str; 0],
+    state_file: &'static str,
+    description: &'a str,
+    size: u64,
+    arch: &'a str,
+    /// Pulls are not recorded.
+    last_pull: u64,
+    last_push: u64,
+    creation_date: u64,
+    manifest: String,
+    holders: Vec<String>,
+}
+
+impl<'a> TagView<'a> {
+    fn new(tag: &'a Tag) -> Self {
+        let content = &tag.content;
+        Self {
+            number: tag.number,
+            tag: &tag.name,
+            config_file: "",
+            nvram: "",
+            images: vec![&content.disk],
+            state_files: [],
+            state_file: "",
+            description: &content.description,
+            size: content.size,
+            arch: &content.arch,
+            last_pull: 0,
+            last_push: tag.created_ms / 1000,
+            creation_date: tag.created_ms / 1000,
+            manifest: content.manifest.to_string(),
+            holders: tag.holders.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
+/// Logical bytes of all visible tags: changes with every push, which is what clients watch it for.
+fn size(template: &Template) -> u64 {
+    template
+        .visible_tags()
+        .fold(0, |sum, tag| sum.saturating_add(tag.content.size))
+}
+
+fn arch(template: &Template) -> &str {
+    template.latest().map_or("", |tag| &tag.content.arch)
+}
+
+fn last_push(template: &Template) -> u64 {
+    template
+        .visible_tags()
+        .map(|tag| tag.created_ms)
+        .max()
+        .unwrap_or(0)
+        / 1000
+}
