@@ -1,7 +1,8 @@
 //! Everything that can change the state. A command is a decision, never a policy; every id and
 //! every time in it was made by the proposer.
 
-use crate::ids::{CommandId, Digest, InstanceId, MemberId, NodeId, TemplateId};
+use crate::group::Group;
+use crate::ids::{CommandId, Digest, GroupId, InstanceId, MemberId, NodeId, TemplateId};
 use crate::instance::{Observation, StartRequest, Value};
 use crate::node::{NodeConfig, NodeSpec};
 use serde::{Deserialize, Serialize};
@@ -147,6 +148,25 @@ pub enum Command {
     },
     /// A command without effect: commits, so that its proposer knows where the log is.
     Noop,
+    /// Create or change a node group.
+    PutGroup {
+        /// As it shall be.
+        group: Group,
+    },
+    /// Delete a node group: nodes leave it, fallbacks to it end.
+    DeleteGroup {
+        /// Which.
+        id: GroupId,
+    },
+    /// Put nodes into groups, or take them out.
+    ChangeNodeGroups {
+        /// Which nodes.
+        nodes: Vec<NodeId>,
+        /// Which groups.
+        groups: Vec<GroupId>,
+        /// In or out.
+        member: bool,
+    },
 }
 
 /// One placement decision.

@@ -1,6 +1,8 @@
 //! An instance: one VM from request to removal. States and their meaning are the wire contract's.
 
 use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
+use crate::limits;
+use crate::node::Load;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -89,6 +91,7 @@ pub enum ScriptFailure {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Script {
     /// Decoded bytes, given to `/bin/sh`.
+    #[serde(with = "crate::codec::bytes")]
     pub body: Vec<u8>,
     /// Wait for its end before `Started`, and keep its output.
     pub monitored: bool,
@@ -146,7 +149,7 @@ pub struct Instance {
     pub tag_number: u32,
     /// Where it stands.
     pub state: InstanceState,
-    /// Why, for `Error`.
+    /// Why, for `Error`; while in `Scheduling`, why the last node rejected it.
     pub message: Option<String>,
     /// Assigned node.
     pub node: Option<NodeId>,
@@ -159,10 +162,81 @@ pub struct Instance {
     pub updated_ms: u64,
     /// End (Terminated, or Terminating without a VM) since, for retention.
     pub ended_ms: Option<u64>,
-    /// What its driver last said about the VM.
+    /// What its driver last said about the VM; kept after the end.
     pub vm: Option<VmInfo>,
     /// Result of a monitored script.
     pub script_result: Option<ScriptResult>,
+    /// Architecture of its tag, fixed when accepted: `amd64`, `arm64` or empty.
+    pub arch: String,
+    /// In `Error`: the node said that nothing of the VM is left. Then it takes no room and a
+    /// terminate need not wait for the node.
+    pub vm_gone: bool,
+    /// Nodes that could not take it, oldest first, each node once, bounded.
+    pub rejections: Vec<Rejection>,
+}
+
+/// A node could not take an instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rejection {
+    /// Which node.
+    pub node: NodeId,
+    /// When, by the state clock.
+    pub at_ms: u64,
+}
+
+/// What the assigned node shall do about an instance at its present generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Make it run, or keep it running.
+    Run,
+    /// Leave whatever is there as it is (`Error`, `Stopped`): its user may still want to look.
+    Keep,
+    /// Destroy it and report `Gone`.
+    Gone,
+}
+
+impl Instance {
+    /// Accepted, without a node, to be placed.
+    pub fn waits(&self) -> bool {
+        self.state == InstanceState::Scheduling && self.node.is_none()
+    }
+    /// Has a node and was not seen running there yet.
+    pub fn starts(&self) -> bool {
+        matches!(
+            self.state,
+            InstanceState::Scheduling | InstanceState::Pulling
+        ) && self.node.is_some()
+    }
+    /// The node on which this instance takes room.
+    pub fn occupies(&self) -> Option<&NodeId> {
+        match self.ended_ms {
+            None if !self.vm_gone => self.node.as_ref(),
+            _ => None,
+        }
+    }
+    /// Not ended, not failed, not asked to end.
+    pub fn live(&self) -> bool {
+        use InstanceState::{Error, Terminated, Terminating};
+        !matches!(self.state, Error | Terminating | Terminated)
+    }
+    /// What its node shall do.
+    pub fn wanted(&self) -> Wanted {
+        use InstanceState::{Pulling, Scheduling, Started, Terminated, Terminating};
+        match self.state {
+            Scheduling | Pulling | Started => Wanted::Run,
+            Terminating | Terminated => Wanted::Gone,
+            _ => Wanted::Keep,
+        }
+    }
+    /// What it takes of a node.
+    pub fn demand(&self) -> Load {
+        let request = &self.request;
+        Load {
+            count: 1,
+            vcpu: u64::from(request.vcpu.unwrap_or(limits::DEFAULT_VCPU)),
+            ram_mb: u64::from(request.vram_mb.unwrap_or(limits::DEFAULT_VRAM_MB)),
+        }
+    }
 }
 
 /// A VM as its driver sees it.

@@ -4,13 +4,17 @@
 //!
 //! * [`State`] holds everything; [`State::apply`] is the only way it changes.
 //! * [`plan`] proposes; the log records the choice; `apply` checks it again.
+//! * [`invariants`] says what must hold after every command; tests ask after each step.
 //! * [`codec`] is the only place that knows how these types become bytes.
 
 pub mod apply;
 pub mod codec;
 pub mod command;
+pub mod group;
 pub mod ids;
 pub mod instance;
+pub mod invariants;
+pub mod limits;
 pub mod node;
 pub mod outcome;
 pub mod plan;

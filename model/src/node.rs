@@ -1,6 +1,7 @@
 //! A node: a machine that runs the agent and VMs.
 
 use crate::ids::{GroupId, NodeId, TemplateId};
+use crate::limits;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -69,9 +70,15 @@ pub struct Node {
     pub config: NodeConfig,
     /// Heartbeats arrive (as the last leader judged).
     pub reachable: bool,
+    /// Unreachable for so long that its lease has run out; nothing is placed here and its
+    /// instances have failed. Ends when it is reachable again.
+    pub lost: bool,
+    /// Groups it is in: those asked for at join, then as the operator says.
+    pub groups: BTreeSet<GroupId>,
     /// Cached whole images.
     pub images: BTreeSet<(TemplateId, u32)>,
-    /// Goes up whenever the node's desired set changes (an assignment, a termination, a removal).
+    /// Goes up (by any amount) whenever the node's desired set changes: an assignment, a
+    /// termination, a removal. Also over a removal and a new registration of the node.
     pub desired_generation: u64,
     /// Joined at.
     pub joined_ms: u64,
@@ -79,7 +86,77 @@ pub struct Node {
     pub updated_ms: u64,
 }
 
+/// What instances take of a node, or one instance wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Load {
+    /// VMs.
+    pub count: u32,
+    /// Virtual CPUs.
+    pub vcpu: u64,
+    /// Memory in MB.
+    pub ram_mb: u64,
+}
+
+impl Load {
+    /// Both together.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            count: self.count.saturating_add(other.count),
+            vcpu: self.vcpu.saturating_add(other.vcpu),
+            ram_mb: self.ram_mb.saturating_add(other.ram_mb),
+        }
+    }
+    /// Without `other`.
+    pub fn minus(self, other: Self) -> Self {
+        Self {
+            count: self.count.saturating_sub(other.count),
+            vcpu: self.vcpu.saturating_sub(other.vcpu),
+            ram_mb: self.ram_mb.saturating_sub(other.ram_mb),
+        }
+    }
+}
+
 impl Node {
+    /// How room is counted.
+    pub fn capacity_mode(&self) -> CapacityMode {
+        self.config.capacity_mode.unwrap_or_default()
+    }
+    /// vCPU limit in resource mode: twice the physical ones unless overridden.
+    pub fn vcpu_limit(&self) -> u64 {
+        let physical = u64::from(self.spec.cpu_count).saturating_mul(2);
+        self.config.vcpu_override.map_or(physical, u64::from)
+    }
+    /// Memory limit in MB in resource mode: all but a reserve unless overridden.
+    pub fn ram_limit_mb(&self) -> u64 {
+        let all = self
+            .spec
+            .ram_mb
+            .saturating_sub(limits::NODE_RESERVED_RAM_MB);
+        self.config.ram_override_mb.unwrap_or(all)
+    }
+    /// Whether `load` is within its limits.
+    pub fn has_room_for(&self, load: Load) -> bool {
+        match self.capacity_mode() {
+            CapacityMode::Number => load.count <= self.capacity(),
+            CapacityMode::Resource => {
+                load.vcpu <= self.vcpu_limit() && load.ram_mb <= self.ram_limit_mb()
+            }
+        }
+    }
+    /// How full it is under `load`, in thousandths, by the scarcer resource.
+    pub fn used_permille(&self, load: Load) -> u64 {
+        let part = |used: u64, of: u64| used.saturating_mul(1_000) / of.max(1);
+        match self.capacity_mode() {
+            CapacityMode::Number => part(u64::from(load.count), u64::from(self.capacity())),
+            CapacityMode::Resource => {
+                part(load.vcpu, self.vcpu_limit()).max(part(load.ram_mb, self.ram_limit_mb()))
+            }
+        }
+    }
+    /// New instances may be placed here, if there is room.
+    pub fn accepts(&self) -> bool {
+        self.reachable && !self.lost && !self.draining()
+    }
     /// Most VMs at once, in number mode.
     pub fn capacity(&self) -> u32 {
         self.config.capacity.unwrap_or(self.spec.capacity)

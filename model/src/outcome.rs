@@ -1,6 +1,6 @@
 //! What applying a command answers. A refusal is data: it is replayed like success.
 
-use crate::ids::{InstanceId, NodeId, TemplateId};
+use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
 use serde::{Deserialize, Serialize};
 
 /// The answer to one command; the same on every member and for every retry.
@@ -44,4 +44,6 @@ pub enum Refusal {
     Limit(String),
     /// Not allowed in the present state; the text says why.
     Conflict(String),
+    /// No such group.
+    GroupUnknown(GroupId),
 }

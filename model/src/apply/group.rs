@@ -1,0 +1,95 @@
+//! Node groups and who is in them.
+
+use super::{Applied, check};
+use crate::group::Group;
+use crate::ids::{GroupId, NodeId};
+use crate::limits::{self, clip};
+use crate::outcome::{Outcome, Refusal};
+use crate::state::State;
+use std::collections::BTreeSet;
+
+pub(super) fn put(state: &mut State, group: &Group) -> Applied {
+    check::id("group id", group.id.as_str())?;
+    check::name("group name", &group.name)?;
+    check::text("group description", &group.description, limits::TEXT_BYTES)?;
+    let old = state.groups.get(&group.id);
+    if old.is_none() {
+        check::count("groups", state.groups.len() + 1, limits::GROUPS)?;
+    }
+    let namesake = |g: &Group| g.name == group.name && g.id != group.id;
+    if state.groups.values().any(namesake) {
+        let text = format!("a group named {} exists", group.name);
+        return Err(Refusal::Conflict(text));
+    }
+    if let Some(fallback) = &group.fallback
+        && fallback != &group.id
+        && !state.groups.contains_key(fallback)
+    {
+        return Err(unknown(fallback));
+    }
+    if old != Some(group) {
+        state.put_group(group.clone());
+    }
+    Ok(Outcome::Done)
+}
+
+pub(super) fn delete(state: &mut State, id: &GroupId) -> Applied {
+    if !state.groups.contains_key(id) {
+        return Err(unknown(id));
+    }
+    state.remove_group(id);
+    let mut heirs: Vec<Group> = state.groups.values().cloned().collect();
+    heirs.retain(|g| g.fallback.as_ref() == Some(id));
+    for group in heirs {
+        state.put_group(Group {
+            fallback: None,
+            ..group
+        });
+    }
+    let members = state.nodes.values().filter(|n| n.groups.contains(id));
+    let members: Vec<NodeId> = members.map(|n| n.id.clone()).collect();
+    for node in &members {
+        state.edit_node(node, |n| {
+            n.groups.remove(id);
+        });
+    }
+    Ok(Outcome::Done)
+}
+
+/// All or none: every node and, when joining, every group must be known.
+pub(super) fn change_nodes(
+    state: &mut State,
+    nodes: &[NodeId],
+    groups: &[GroupId],
+    member: bool,
+) -> Applied {
+    check::count("nodes", nodes.len(), limits::BATCH)?;
+    check::count("groups", groups.len(), limits::GROUPS)?;
+    if member && let Some(missing) = groups.iter().find(|g| !state.groups.contains_key(g)) {
+        return Err(unknown(missing));
+    }
+    let mut changed = Vec::new();
+    for id in nodes {
+        let node = super::node::known(state, id)?;
+        let mut after: BTreeSet<GroupId> = node.groups.clone();
+        for group in groups {
+            if member {
+                after.insert(group.clone());
+            } else {
+                after.remove(group);
+            }
+        }
+        check::count("groups of a node", after.len(), limits::GROUPS)?;
+        if after != node.groups {
+            changed.push((id, after));
+        }
+    }
+    for (id, after) in changed {
+        state.edit_node(id, |n| n.groups = after);
+    }
+    Ok(Outcome::Done)
+}
+
+fn unknown(id: &GroupId) -> Refusal {
+    Refusal::GroupUnknown(GroupId(clip(id.as_str(), limits::NAME_BYTES)))
+}

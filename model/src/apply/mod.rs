@@ -1,0 +1,84 @@
+//! What each command does to the state. Total: whatever a command says, the answer is an
+//! [`Outcome`]; a refusal changes nothing. No clock but the state's, no choice that is not in the
+//! command.
+
+mod bind;
+mod check;
+mod group;
+mod instance;
+mod node;
+mod observe;
+mod template;
+
+use crate::command::Command;
+use crate::outcome::{Outcome, Refusal};
+use crate::state::State;
+
+/// An outcome, or the reason why nothing changed.
+type Applied = Result<Outcome, Refusal>;
+
+pub(crate) fn run(state: &mut State, command: &Command) -> Outcome {
+    dispatch(state, command).unwrap_or_else(Outcome::Refused)
+}
+
+fn dispatch(state: &mut State, command: &Command) -> Applied {
+    match command {
+        Command::StartInstances { ids, request } => instance::start(state, ids, request),
+        Command::UpdateInstance {
+            id,
+            name,
+            external_id,
+            metadata,
+        } => instance::update(state, id, name.as_ref(), external_id.as_ref(), metadata),
+        Command::TerminateInstance { id } => instance::terminate(state, id),
+        Command::Bind { bindings } => bind::bind(state, bindings),
+        Command::Observe { node, changes } => observe::observe(state, node, changes),
+        Command::ExpireInstances { ids, retention_ms } => {
+            instance::expire(state, ids, *retention_ms)
+        }
+        Command::RegisterNode { id, spec } => node::register(state, id, spec),
+        Command::ConfigureNode { id, config } => node::configure(state, id, config),
+        Command::RemoveNode { id } => node::remove(state, id),
+        Command::SetNodeReachability {
+            id,
+            reachable,
+            lost,
+        } => node::set_reachability(state, id, *reachable, *lost),
+        Command::SetNodeImages { id, images } => node::set_images(state, id, images),
+        Command::PublishTag {
+            new_template_id,
+            template,
+            tag,
+            content,
+            holder,
+            copies_needed,
+        } => {
+            let push = template::Push {
+                template,
+                tag,
+                content,
+                holder: *holder,
+                copies_needed: (*copies_needed).max(1),
+            };
+            template::publish(state, new_template_id, &push)
+        }
+        Command::ReportHeld {
+            template,
+            number,
+            manifest,
+            member,
+            held,
+        } => template::report_held(state, template, *number, manifest, *member, *held),
+        Command::DeleteTemplate { id } => template::delete(state, id),
+        Command::RevertTemplate { id, selector } => template::revert(state, id, selector.as_ref()),
+        Command::DeleteTag { id, selector } => template::delete_tag(state, id, selector),
+        Command::Noop => Ok(Outcome::Done),
+        Command::PutGroup { group } => group::put(state, group),
+        Command::DeleteGroup { id } => group::delete(state, id),
+        Command::ChangeNodeGroups {
+            nodes,
+            groups,
+            member,
+        } => group::change_nodes(state, nodes, groups, *member),
+    }
+}

@@ -1,0 +1,195 @@
+//! What nodes report. Only a report about the present generation from the assigned node counts;
+//! a report that says nothing new changes nothing.
+//!
+//! ```text
+//! Scheduling -> Pulling -> Started <-> Stopped        Rejected: back to Scheduling, unbound,
+//!      \____________\_________\__________\___ Error             only before the first Started
+//! Terminating -- Gone --> Terminated                  Gone elsewhere: Error "VM disappeared"
+//! ```
+
+use super::{Applied, check, instance};
+use crate::ids::NodeId;
+use crate::instance::{
+    Instance, InstanceState, Observation, ObservedPhase, Rejection, ScriptResult, VmInfo,
+};
+use crate::limits::{self, clip, clip_front};
+use crate::outcome::{Outcome, Refusal};
+use crate::state::State;
+
+pub(super) fn observe(state: &mut State, node: &NodeId, changes: &[Observation]) -> Applied {
+    check::count("observations", changes.len(), limits::BATCH)?;
+    if !state.nodes.contains_key(node) {
+        return Err(Refusal::NodeUnknown(NodeId(clip(
+            node.as_str(),
+            limits::NAME_BYTES,
+        ))));
+    }
+    for seen in changes {
+        let Some(instance) = state.instances.get(&seen.id) else {
+            continue;
+        };
+        if instance.node.as_ref() != Some(node)
+            || instance.generation != seen.generation
+            || instance.ended_ms.is_some()
+        {
+            continue;
+        }
+        let step = step(instance, &seen.phase);
+        if !matches!(step, Step::Unbind(_) | Step::End) {
+            record_facts(state, seen);
+        }
+        take(state, node, seen, step);
+    }
+    Ok(Outcome::Done)
+}
+
+/// What a report means for one instance.
+enum Step<'a> {
+    Nothing,
+    To(InstanceState),
+    Fail(&'a str),
+    VmGone,
+    Unbind(&'a str),
+    End,
+}
+
+fn step<'a>(instance: &Instance, phase: &'a ObservedPhase) -> Step<'a> {
+    use InstanceState::{
+        Error, Pulling, Pushing, Scheduling, Started, Stopped, Stopping, Terminated, Terminating,
+    };
+    use ObservedPhase as Seen;
+    match (instance.state, phase) {
+        (Terminated, _) => Step::Nothing,
+        (Terminating, Seen::Gone) => Step::End,
+        (Terminating, _) => Step::Nothing,
+        (Error, Seen::Gone) if !instance.vm_gone => Step::VmGone,
+        (Error, _) => Step::Nothing,
+
+        (_, Seen::Gone) => Step::VmGone,
+        (_, Seen::Failed(why)) => Step::Fail(why),
+        (Scheduling | Pulling, Seen::Rejected(why)) => Step::Unbind(why),
+        // Once started it is not started again elsewhere behind its user's back.
+        (_, Seen::Rejected(why)) => Step::Fail(why),
+
+        (Scheduling, Seen::Pulling) => Step::To(Pulling),
+        (Scheduling | Pulling | Stopped, Seen::Running) => Step::To(Started),
+        (Scheduling | Pulling | Started | Stopping, Seen::Stopped) => Step::To(Stopped),
+        (
+            Scheduling | Pulling | Started | Stopping | Stopped | Pushing,
+            Seen::Pulling | Seen::Starting | Seen::Running | Seen::Stopped,
+        ) => Step::Nothing,
+    }
+}
+
+fn take(state: &mut State, node: &NodeId, seen: &Observation, step: Step<'_>) {
+    let id = &seen.id;
+    match step {
+        Step::Nothing => {}
+        Step::To(next) => state.edit_instance(id, |i| {
+            i.state = next;
+            if next == InstanceState::Started {
+                i.message = None;
+                i.rejections.clear();
+            }
+        }),
+        Step::Fail(why) => instance::fail(state, id, why),
+        Step::VmGone => {
+            if state.instances.get(id).is_some_and(Instance::live) {
+                instance::fail(state, id, "VM disappeared");
+            }
+            state.edit_instance(id, |i| i.vm_gone = true);
+            state.bump_desired(node);
+        }
+        Step::Unbind(why) => {
+            unbind(state, node, seen, why);
+            state.bump_desired(node);
+        }
+        Step::End => {
+            instance::end(state, id, InstanceState::Terminated);
+            state.bump_desired(node);
+        }
+    }
+}
+
+/// Back to the scheduler, which will not offer it to this node again for a while.
+fn unbind(state: &mut State, node: &NodeId, seen: &Observation, why: &str) {
+    let now = state.clock_ms;
+    let instance = state.instances.get(&seen.id);
+    if instance.is_some_and(|i| i.script_result.is_some()) {
+        state.set_script_result(&seen.id, None);
+    }
+    state.edit_instance(&seen.id, |i| {
+        i.state = InstanceState::Scheduling;
+        i.node = None;
+        i.generation = i.generation.saturating_add(1);
+        i.message = Some(clip(why, limits::TEXT_BYTES));
+        i.vm = None;
+        i.rejections.retain(|r| &r.node != node);
+        if i.rejections.len() >= limits::REJECTIONS {
+            i.rejections.remove(0);
+        }
+        i.rejections.push(Rejection {
+            node: node.clone(),
+            at_ms: now,
+        });
+    });
+    // It may have waited on a tag that is gone meanwhile: then nobody can start it any more.
+    let orphan = state.instances.get(&seen.id).is_some_and(|i| {
+        let template = state.templates.get(&i.request.template);
+        template.is_none_or(|t| !t.tags.contains_key(&i.tag_number))
+    });
+    if orphan {
+        instance::fail(state, &seen.id, super::template::DELETED);
+    }
+}
+
+/// Facts about the VM and its script are kept whatever the step: also after an error.
+fn record_facts(state: &mut State, seen: &Observation) {
+    let Some(instance) = state.instances.get(&seen.id) else {
+        return;
+    };
+    let new_script = seen
+        .script
+        .as_ref()
+        .map(clip_script)
+        .filter(|s| instance.script_result.as_ref() != Some(s));
+    let new_vm = seen
+        .vm
+        .as_ref()
+        .map(clip_vm)
+        .filter(|vm| instance.vm.as_ref() != Some(vm));
+    if let Some(vm) = new_vm {
+        state.edit_instance(&seen.id, |i| i.vm = Some(vm));
+    }
+    if new_script.is_some() {
+        state.set_script_result(&seen.id, new_script);
+    }
+}
+
+fn clip_script(script: &ScriptResult) -> ScriptResult {
+    ScriptResult {
+        return_code: script.return_code,
+        did_timeout: script.did_timeout,
+        stdout: clip_front(&script.stdout, limits::SCRIPT_OUTPUT_BYTES),
+        stderr: clip_front(&script.stderr, limits::SCRIPT_OUTPUT_BYTES),
+    }
+}
+
+fn clip_vm(vm: &VmInfo) -> VmInfo {
+    let short = |s: &str| clip(s, limits::NAME_BYTES);
+    let mut port_forwarding = vm.port_forwarding.clone();
+    port_forwarding.truncate(limits::PORT_RULES);
+    for rule in &mut port_forwarding {
+        rule.name = short(&rule.name);
+    }
+    VmInfo {
+        uuid: short(&vm.uuid),
+        name: short(&vm.name),
+        status: short(&vm.status),
+        ip: short(&vm.ip),
+        host_ip: short(&vm.host_ip),
+        accelerator: clip(&vm.accelerator, limits::NAME_BYTES),
+        port_forwarding,
+        ..*vm
+    }
+}

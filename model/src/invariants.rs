@@ -1,0 +1,167 @@
+//! What must hold after every command. Tests and the simulator ask after each step; `check` reads
+//! the whole state, so production asks seldom. Never repairs anything.
+
+use crate::instance::{Instance, InstanceState};
+use crate::limits;
+use crate::state::State;
+use crate::template::Template;
+
+/// Check one state by itself.
+pub fn check(state: &State) -> Result<(), String> {
+    state.check_index()?;
+    for (id, instance) in &state.instances {
+        ensure(id == &instance.id, || format!("instance {id}: other id"))?;
+        check_instance(state, instance).map_err(|e| format!("instance {id}: {e}"))?;
+    }
+    for (id, template) in &state.templates {
+        ensure(id == &template.id, || format!("template {id}: other id"))?;
+        check_template(template).map_err(|e| format!("template {id}: {e}"))?;
+    }
+    for (id, node) in &state.nodes {
+        let ok = id == &node.id && !(node.reachable && node.lost);
+        ensure(ok, || format!("node {id}: other id, or lost and reachable"))?;
+    }
+    for (id, group) in &state.groups {
+        ensure(id == &group.id, || format!("group {id}: other id"))?;
+    }
+    Ok(())
+}
+
+/// Check one step: what no command may do.
+pub fn check_step(before: &State, after: &State) -> Result<(), String> {
+    ensure(after.clock_ms >= before.clock_ms, || {
+        "the clock went back".into()
+    })?;
+    for node in after.nodes.values() {
+        let (old, new) = (before.load(&node.id), after.load(&node.id));
+        let grew = new.count > old.count && before.nodes.contains_key(&node.id);
+        ensure(!grew || node.has_room_for(new), || {
+            format!("node {} was given more than it has room for", node.id)
+        })?;
+        let generation = before
+            .nodes
+            .get(&node.id)
+            .map_or(0, |n| n.desired_generation);
+        ensure(node.desired_generation >= generation, || {
+            format!("node {}: desired generation went back", node.id)
+        })?;
+    }
+    for (id, old) in &before.instances {
+        match after.instances.get(id) {
+            Some(new) => check_instance_step(old, new),
+            None => ensure(old.ended_ms.is_some(), || "forgotten before its end".into()),
+        }
+        .map_err(|e| format!("instance {id}: {e}"))?;
+    }
+    for (id, old) in &before.templates {
+        if let Some(new) = after.templates.get(id) {
+            check_template_step(old, new).map_err(|e| format!("template {id}: {e}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn ensure(holds: bool, what: impl FnOnce() -> String) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(what()) }
+}
+
+fn check_instance(state: &State, i: &Instance) -> Result<(), String> {
+    use InstanceState::{Error, Pulling, Pushing, Started, Stopped, Stopping, Terminated};
+    let say = |s: &str| s.to_owned();
+    let on_vm = matches!(i.state, Pulling | Started | Stopping | Stopped | Pushing);
+    ensure(!on_vm || i.node.is_some(), || say("has a VM but no node"))?;
+    if let Some(node) = i.node.as_ref().filter(|_| i.live()) {
+        let node = state.nodes.get(node);
+        ensure(node.is_some_and(|n| !n.lost), || {
+            say("lives on a node that is gone")
+        })?;
+    }
+    let ended = match i.state {
+        Terminated => i.ended_ms.is_some(),
+        InstanceState::Terminating => i.ended_ms.is_some() == i.node.is_none(),
+        _ => i.ended_ms.is_none(),
+    };
+    ensure(ended, || say("its end does not fit its state"))?;
+    ensure(i.state != Error || i.message.is_some(), || {
+        say("no reason for Error")
+    })?;
+    ensure(!i.vm_gone || !i.live(), || say("lives without its VM"))?;
+    ensure(
+        i.updated_ms <= state.clock_ms && i.created_ms <= i.updated_ms,
+        || say("times out of order"),
+    )?;
+    ensure(i.rejections.len() <= limits::REJECTIONS, || {
+        say("too many rejections")
+    })?;
+    if i.waits() {
+        let template = state.templates.get(&i.request.template);
+        let tag = template.and_then(|t| t.tags.get(&i.tag_number));
+        ensure(tag.is_some(), || say("waits with a tag that is gone"))?;
+    }
+    Ok(())
+}
+
+fn check_template(template: &Template) -> Result<(), String> {
+    ensure(!template.tags.is_empty(), || "has no tag".into())?;
+    let mut names = std::collections::BTreeSet::new();
+    for (number, tag) in &template.tags {
+        let at = |what: &str| format!("tag {number}: {what}");
+        ensure(number == &tag.number, || at("other number"))?;
+        ensure(number < &template.next_number, || at("number is to come"))?;
+        ensure(names.insert(&tag.name), || at("name used twice"))?;
+        ensure(tag.copies_needed >= 1, || at("needs no copy"))?;
+        ensure(tag.visible == tag.visible_ms.is_some(), || {
+            at("visible since never")
+        })?;
+        let enough = tag.holders.len() as u64 >= u64::from(tag.copies_needed);
+        ensure(tag.visible || !enough, || {
+            at("enough copies, yet invisible")
+        })?;
+    }
+    Ok(())
+}
+
+fn check_instance_step(old: &Instance, new: &Instance) -> Result<(), String> {
+    use InstanceState::{Error, Terminated, Terminating};
+    let say = |s: &str| s.to_owned();
+    ensure(new.generation >= old.generation, || {
+        say("generation went back")
+    })?;
+    let moved = new.node != old.node;
+    ensure(!moved || new.generation > old.generation, || {
+        say("moved within one generation")
+    })?;
+    let allowed = match old.state {
+        Terminated => new.state == Terminated,
+        Terminating => matches!(new.state, Terminating | Terminated),
+        Error => matches!(new.state, Error | Terminating | Terminated),
+        _ => true,
+    };
+    ensure(allowed, || say("came back to life"))?;
+    let end_kept = old.ended_ms.is_none() || old.ended_ms == new.ended_ms;
+    ensure(end_kept, || say("ended twice"))?;
+    ensure(
+        new.tag_number == old.tag_number && new.tag == old.tag,
+        || say("tag changed"),
+    )
+}
+
+fn check_template_step(old: &Template, new: &Template) -> Result<(), String> {
+    ensure(new.next_number >= old.next_number, || {
+        "numbers went back".into()
+    })?;
+    for (number, tag) in &new.tags {
+        match old.tags.get(number) {
+            Some(was) => {
+                let same = was.content == tag.content && was.name == tag.name;
+                ensure(same, || format!("tag {number} became another"))?;
+                let kept = !was.visible || tag.visible_ms == was.visible_ms;
+                ensure(kept, || format!("tag {number} lost its visibility"))?;
+            }
+            None => ensure(*number >= old.next_number, || {
+                format!("tag {number} came back")
+            })?,
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,153 @@
+//! The few ways in which commands may touch the state: each keeps indexes, time of change and the
+//! set of changed keys right. Decides nothing.
+
+use super::State;
+use super::index::Place;
+use super::key::Key;
+use crate::group::Group;
+use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
+use crate::instance::{Instance, ScriptResult};
+use crate::node::Node;
+use crate::template::{Tag, Template};
+
+impl State {
+    pub(crate) fn insert_instance(&mut self, instance: Instance) {
+        if instance.request.script.is_some() {
+            self.dirty.insert(Key::Script(instance.id.clone()));
+        }
+        self.dirty.insert(Key::Instance(instance.id.clone()));
+        self.index.enter(&instance);
+        self.instances.insert(instance.id.clone(), instance);
+    }
+
+    /// Change an instance; the caller knows that something does change. Not its script (never
+    /// changes), not its script's result (see below), not what it demands.
+    pub(crate) fn edit_instance(&mut self, id: &InstanceId, change: impl FnOnce(&mut Instance)) {
+        let Some(instance) = self.instances.get_mut(id) else {
+            return;
+        };
+        let before = Place::of(instance);
+        change(instance);
+        instance.updated_ms = self.clock_ms;
+        if before != Place::of(instance) {
+            self.index.leave(instance, &before);
+            self.index.enter(instance);
+        }
+        self.dirty.insert(Key::Instance(id.clone()));
+    }
+
+    pub(crate) fn set_script_result(&mut self, id: &InstanceId, result: Option<ScriptResult>) {
+        self.edit_instance(id, |i| i.script_result = result);
+        self.dirty.insert(Key::Output(id.clone()));
+    }
+
+    pub(crate) fn remove_instance(&mut self, id: &InstanceId) {
+        let Some(instance) = self.instances.remove(id) else {
+            return;
+        };
+        self.index.leave(&instance, &Place::of(&instance));
+        if instance.request.script.is_some() {
+            self.dirty.insert(Key::Script(id.clone()));
+        }
+        if instance.script_result.is_some() {
+            self.dirty.insert(Key::Output(id.clone()));
+        }
+        self.dirty.insert(Key::Instance(id.clone()));
+    }
+
+    /// Its desired generation is set here.
+    pub(crate) fn insert_node(&mut self, mut node: Node) {
+        node.desired_generation = self.next_desired();
+        self.dirty.insert(Key::Node(node.id.clone()));
+        self.nodes.insert(node.id.clone(), node);
+    }
+
+    /// Change a node; the caller knows that something does change.
+    pub(crate) fn edit_node(&mut self, id: &NodeId, change: impl FnOnce(&mut Node)) {
+        let Some(node) = self.nodes.get_mut(id) else {
+            return;
+        };
+        change(node);
+        node.updated_ms = self.clock_ms;
+        self.dirty.insert(Key::Node(id.clone()));
+    }
+
+    /// Tell a node's agent that its desired set changed.
+    pub(crate) fn bump_desired(&mut self, id: &NodeId) {
+        let generation = self.next_desired();
+        self.edit_node(id, |n| n.desired_generation = generation);
+    }
+
+    /// `c` holds it and is written with every command.
+    fn next_desired(&mut self) -> u64 {
+        self.desired_changes = self.desired_changes.saturating_add(1);
+        self.desired_changes
+    }
+
+    pub(crate) fn remove_node(&mut self, id: &NodeId) {
+        if self.nodes.remove(id).is_some() {
+            self.dirty.insert(Key::Node(id.clone()));
+        }
+    }
+
+    /// A template with its tags, new.
+    pub(crate) fn insert_template(&mut self, template: Template) {
+        self.dirty.insert(Key::Template(template.id.clone()));
+        for number in template.tags.keys() {
+            self.dirty.insert(Key::Tag(template.id.clone(), *number));
+        }
+        self.index.name_template(&template.name, &template.id);
+        self.templates.insert(template.id.clone(), template);
+    }
+
+    pub(crate) fn remove_template(&mut self, id: &TemplateId) {
+        let Some(template) = self.templates.remove(id) else {
+            return;
+        };
+        self.index.forget_template(&template.name);
+        for number in template.tags.keys() {
+            self.dirty.insert(Key::Tag(id.clone(), *number));
+        }
+        self.dirty.insert(Key::Template(id.clone()));
+    }
+
+    /// Append a tag; its number must be the template's next.
+    pub(crate) fn append_tag(&mut self, id: &TemplateId, tag: Tag) {
+        let Some(template) = self.templates.get_mut(id) else {
+            return;
+        };
+        template.next_number = tag.number.saturating_add(1);
+        self.dirty.insert(Key::Template(id.clone()));
+        self.dirty.insert(Key::Tag(id.clone(), tag.number));
+        template.tags.insert(tag.number, tag);
+    }
+
+    /// Change a tag; the caller knows that something does change.
+    pub(crate) fn edit_tag(&mut self, id: &TemplateId, number: u32, change: impl FnOnce(&mut Tag)) {
+        let template = self.templates.get_mut(id);
+        let Some(tag) = template.and_then(|t| t.tags.get_mut(&number)) else {
+            return;
+        };
+        change(tag);
+        self.dirty.insert(Key::Tag(id.clone(), number));
+    }
+
+    pub(crate) fn remove_tag(&mut self, id: &TemplateId, number: u32) {
+        if let Some(template) = self.templates.get_mut(id)
+            && template.tags.remove(&number).is_some()
+        {
+            self.dirty.insert(Key::Tag(id.clone(), number));
+        }
+    }
+
+    pub(crate) fn put_group(&mut self, group: Group) {
+        self.dirty.insert(Key::Group(group.id.clone()));
+        self.groups.insert(group.id.clone(), group);
+    }
+
+    pub(crate) fn remove_group(&mut self, id: &GroupId) {
+        if self.groups.remove(id).is_some() {
+            self.dirty.insert(Key::Group(id.clone()));
+        }
+    }
+}

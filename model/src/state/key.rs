@@ -1,0 +1,135 @@
+//! Names of stored values: a table byte, then the id's bytes. Knows nothing of the values.
+
+use crate::codec::CodecError;
+use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
+
+/// One stored value. The order of the variants is the order of their table bytes, so that keys
+/// sort as their bytes do.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Key {
+    /// `c`: the clock.
+    Meta,
+    /// `g`: a node group.
+    Group(GroupId),
+    /// `i`: an instance without the two that follow, which are large and change rarely.
+    Instance(InstanceId),
+    /// `n`: a node.
+    Node(NodeId),
+    /// `o`: the output of an instance's script.
+    Output(InstanceId),
+    /// `r`: a recent command, by slot.
+    Recent(u32),
+    /// `s`: the body of an instance's script.
+    Script(InstanceId),
+    /// `t`: a template without its tags.
+    Template(TemplateId),
+    /// `v`: a tag: template id, a zero byte, number.
+    Tag(TemplateId, u32),
+}
+
+impl Key {
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let with = |table: u8, id: &str| {
+            let mut out = Vec::with_capacity(id.len() + 6);
+            out.push(table);
+            out.extend_from_slice(id.as_bytes());
+            out
+        };
+        match self {
+            Self::Meta => with(b'c', ""),
+            Self::Group(id) => with(b'g', id.as_str()),
+            Self::Instance(id) => with(b'i', id.as_str()),
+            Self::Node(id) => with(b'n', id.as_str()),
+            Self::Output(id) => with(b'o', id.as_str()),
+            Self::Recent(slot) => {
+                let mut out = with(b'r', "");
+                out.extend_from_slice(&slot.to_be_bytes());
+                out
+            }
+            Self::Script(id) => with(b's', id.as_str()),
+            Self::Template(id) => with(b't', id.as_str()),
+            Self::Tag(id, number) => {
+                let mut out = with(b'v', id.as_str());
+                out.push(0);
+                out.extend_from_slice(&number.to_be_bytes());
+                out
+            }
+        }
+    }
+
+    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, CodecError> {
+        let bad = || CodecError(format!("unknown key {}", hex(bytes)));
+        let (table, rest) = bytes.split_first().ok_or_else(bad)?;
+        let text = |b: &[u8]| match std::str::from_utf8(b) {
+            Ok(s) if !s.is_empty() => Ok(s.to_owned()),
+            _ => Err(bad()),
+        };
+        let number = |b: &[u8]| b.try_into().map(u32::from_be_bytes).map_err(|_| bad());
+        Ok(match table {
+            b'c' if rest.is_empty() => Self::Meta,
+            b'g' => Self::Group(text(rest)?.into()),
+            b'i' => Self::Instance(text(rest)?.into()),
+            b'n' => Self::Node(text(rest)?.into()),
+            b'o' => Self::Output(text(rest)?.into()),
+            b'r' => Self::Recent(number(rest)?),
+            b's' => Self::Script(text(rest)?.into()),
+            b't' => Self::Template(text(rest)?.into()),
+            b'v' if rest.len() > 5 && rest[rest.len() - 5] == 0 => {
+                let (id, tail) = rest.split_at(rest.len() - 5);
+                Self::Tag(text(id)?.into(), number(&tail[1..])?)
+            }
+            _ => return Err(bad()),
+        })
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().take(64).map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_survive_and_sort_as_their_bytes() {
+        let mut keys = vec![
+            Key::Tag("t1".into(), 256),
+            Key::Tag("t1".into(), 3),
+            Key::Tag("t10".into(), 1),
+            Key::Template("t1".into()),
+            Key::Script("i1".into()),
+            Key::Recent(300),
+            Key::Recent(2),
+            Key::Output("i1".into()),
+            Key::Node("n1".into()),
+            Key::Instance("i1".into()),
+            Key::Instance("i".into()),
+            Key::Group("g1".into()),
+            Key::Meta,
+        ];
+        for key in &keys {
+            assert_eq!(&Key::from_bytes(&key.to_bytes()).unwrap(), key);
+        }
+        keys.sort();
+        let bytes: Vec<_> = keys.iter().map(Key::to_bytes).collect();
+        assert!(bytes.is_sorted(), "{bytes:?}");
+    }
+
+    #[test]
+    fn strange_keys_are_refused() {
+        for bad in [
+            &b""[..],
+            b"x",
+            b"i",
+            b"c1",
+            b"r123",
+            b"vt",
+            b"v\0\0\0\0\0",
+            b"vt\x01\0\0\0\0",
+            b"i\xff",
+        ] {
+            assert!(Key::from_bytes(bad).is_err(), "{bad:?}");
+        }
+    }
+}

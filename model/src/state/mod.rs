@@ -1,0 +1,168 @@
+//! The whole replicated state. [`State::apply`] is the only way it changes; the fields are public
+//! to be read. What is derived from them lives in `index`, what is stored in `store`.
+
+mod edit;
+mod index;
+mod key;
+mod recent;
+mod record;
+mod store;
+
+use crate::apply;
+use crate::command::Envelope;
+use crate::group::Group;
+use crate::ids::{CommandId, GroupId, InstanceId, NodeId, TemplateId};
+use crate::instance::Instance;
+use crate::node::{Load, Node};
+use crate::outcome::Outcome;
+use crate::template::Template;
+use index::Index;
+use key::Key;
+use recent::Recent;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Bytes of a key, and its new value or `None` for removed: what a checkpoint writes.
+pub type Change = (Vec<u8>, Option<Vec<u8>>);
+
+/// Everything the cloud knows.
+///
+/// Equality compares what is replicated, not which changes still wait to be taken.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    /// State clock: the greatest stamp applied so far.
+    pub clock_ms: u64,
+    /// Instances by id.
+    pub instances: BTreeMap<InstanceId, Instance>,
+    /// Nodes by id.
+    pub nodes: BTreeMap<NodeId, Node>,
+    /// Templates by id.
+    pub templates: BTreeMap<TemplateId, Template>,
+    /// Node groups by id.
+    pub groups: BTreeMap<GroupId, Group>,
+    /// Counts changes of desired sets over all nodes, so that a node which was removed and joins
+    /// again never sees a generation that its agent has passed already.
+    desired_changes: u64,
+    index: Index,
+    recent: Recent,
+    dirty: BTreeSet<Key>,
+}
+
+impl PartialEq for State {
+    fn eq(&self, other: &Self) -> bool {
+        self.clock_ms == other.clock_ms
+            && self.desired_changes == other.desired_changes
+            && self.instances == other.instances
+            && self.nodes == other.nodes
+            && self.templates == other.templates
+            && self.groups == other.groups
+            && self.recent == other.recent
+    }
+}
+
+impl State {
+    /// Apply one command. Total: every command has an outcome. A command id seen before (within
+    /// the bound) answers its first outcome again and changes nothing, not even the clock.
+    pub fn apply(&mut self, envelope: &Envelope) -> Outcome {
+        if let Some(outcome) = self.recent.get(envelope.id) {
+            return outcome.clone();
+        }
+        self.clock_ms = self.clock_ms.max(envelope.stamp_ms);
+        self.dirty.insert(Key::Meta);
+        let outcome = apply::run(self, &envelope.command);
+        for slot in self.recent.remember(envelope.id, outcome.clone()) {
+            self.dirty.insert(Key::Recent(slot));
+        }
+        outcome
+    }
+
+    /// Outcome of a recent command, if it was applied.
+    pub fn outcome_of(&self, id: CommandId) -> Option<&Outcome> {
+        self.recent.get(id)
+    }
+
+    /// Instances without a node, in the order in which they shall be placed: by priority, then
+    /// by age, then by id.
+    pub fn waiting(&self) -> impl Iterator<Item = &Instance> {
+        self.index
+            .waiting()
+            .filter_map(|(_, _, id)| self.instances.get(id))
+    }
+
+    /// Instances that have a node and were not seen running there yet, by id.
+    pub fn starting(&self) -> impl Iterator<Item = &Instance> {
+        self.index
+            .starting()
+            .filter_map(|id| self.instances.get(id))
+    }
+
+    /// Instances that take room on a node, by id: what its agent is told about.
+    pub fn on_node(&self, node: &NodeId) -> impl Iterator<Item = &Instance> {
+        self.index
+            .on_node(node)
+            .filter_map(|id| self.instances.get(id))
+    }
+
+    /// What the instances on a node take of it.
+    pub fn load(&self, node: &NodeId) -> Load {
+        self.index.load(node)
+    }
+
+    /// A template by name.
+    pub fn template_named(&self, name: &str) -> Option<&Template> {
+        self.templates.get(self.index.template_named(name)?)
+    }
+
+    /// A hash of everything replicated. Two members at the same applied index must agree; it
+    /// finds accidents and bugs, it is no defence against forgery. Reads the whole state.
+    pub fn digest(&self) -> u128 {
+        let mut hash = Fnv::default();
+        self.for_each_entry(|key, value| {
+            hash.write(&(key.len() as u64).to_le_bytes());
+            hash.write(&key);
+            hash.write(&(value.len() as u64).to_le_bytes());
+            hash.write(&value);
+        });
+        hash.0
+    }
+
+    /// Compare the indexes with what they are derived from.
+    pub(crate) fn check_index(&self) -> Result<(), String> {
+        self.index.check(self)?;
+        self.recent.check()
+    }
+}
+
+/// FNV-1a over 128 bits.
+struct Fnv(u128);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d)
+    }
+}
+
+impl Fnv {
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.0 ^= u128::from(*b);
+            self.0 = self
+                .0
+                .wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fnv_matches_its_published_vectors() {
+        let mut hash = Fnv::default();
+        hash.write(b"a");
+        assert_eq!(hash.0, 0xd228_cb69_6f1a_8caf_7891_2b70_4e4a_8964);
+        let mut hash = Fnv::default();
+        hash.write(b"foobar");
+        assert_eq!(hash.0, 0x343e_1662_793c_64bf_6f0d_3597_ba44_6f18);
+    }
+}

@@ -1,0 +1,166 @@
+//! The outcomes of the newest commands, so that a retry of a command (through any member, after
+//! any crash) answers what it answered first and changes nothing.
+//!
+//! Bounded by `limits::RECENT_COMMANDS` and by `limits::RECENT_IDS`, oldest first. A retry that
+//! comes after more than that many other commands is applied as if it were new: proposers must
+//! give up long before. Knows nothing of what a command does.
+
+use crate::ids::CommandId;
+use crate::limits::{RECENT_COMMANDS, RECENT_IDS};
+use crate::outcome::Outcome;
+use std::collections::{BTreeMap, VecDeque};
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Recent {
+    /// Sequence number of the oldest remembered command; the others follow without a gap.
+    first: u64,
+    order: VecDeque<(CommandId, Outcome)>,
+    sequences: BTreeMap<CommandId, u64>,
+    ids: usize,
+}
+
+/// Where a sequence number is stored: slots are used again, so that a steady stream of commands
+/// overwrites keys instead of making and removing them.
+fn slot(sequence: u64) -> u32 {
+    (sequence % RECENT_COMMANDS as u64) as u32
+}
+
+fn weight(outcome: &Outcome) -> usize {
+    match outcome {
+        Outcome::Started(ids) => ids.len(),
+        _ => 0,
+    }
+}
+
+impl Recent {
+    pub(super) fn get(&self, id: CommandId) -> Option<&Outcome> {
+        let sequence = self.sequences.get(&id)?;
+        Some(&self.order.get((sequence - self.first) as usize)?.1)
+    }
+
+    /// Remember one more; returns the slots whose content changed.
+    pub(super) fn remember(&mut self, id: CommandId, outcome: Outcome) -> Vec<u32> {
+        let sequence = self.first + self.order.len() as u64;
+        let mut slots = vec![slot(sequence)];
+        self.ids += weight(&outcome);
+        self.order.push_back((id, outcome));
+        self.sequences.insert(id, sequence);
+        while self.order.len() > RECENT_COMMANDS || (self.ids > RECENT_IDS && self.order.len() > 1)
+        {
+            slots.push(slot(self.first));
+            self.forget_oldest();
+        }
+        slots
+    }
+
+    fn forget_oldest(&mut self) {
+        if let Some((id, outcome)) = self.order.pop_front() {
+            self.sequences.remove(&id);
+            self.ids -= weight(&outcome);
+            self.first += 1;
+        }
+    }
+
+    /// What stands in a slot: sequence number, command, outcome.
+    pub(super) fn at_slot(&self, wanted: u32) -> Option<(u64, CommandId, &Outcome)> {
+        let ahead = u64::from(wanted) + RECENT_COMMANDS as u64 - u64::from(slot(self.first));
+        let offset = ahead % RECENT_COMMANDS as u64;
+        let (id, outcome) = self.order.get(offset as usize)?;
+        Some((self.first + offset, *id, outcome))
+    }
+
+    /// Occupied slots in ascending order.
+    pub(super) fn slots(&self) -> impl Iterator<Item = u32> {
+        let start = slot(self.first);
+        let length = self.order.len() as u32;
+        let wrapped = (start + length).saturating_sub(RECENT_COMMANDS as u32);
+        (0..wrapped).chain(start..start + length - wrapped)
+    }
+
+    /// From stored entries in any order.
+    pub(super) fn rebuild(entries: Vec<(u32, u64, CommandId, Outcome)>) -> Result<Self, String> {
+        let mut sorted = BTreeMap::new();
+        for (stored_slot, sequence, id, outcome) in entries {
+            if slot(sequence) != stored_slot {
+                return Err(format!(
+                    "remembered command {sequence} stands in slot {stored_slot}"
+                ));
+            }
+            sorted.insert(sequence, (id, outcome));
+        }
+        let mut recent = Self {
+            first: sorted.keys().next().copied().unwrap_or(0),
+            ..Self::default()
+        };
+        for (sequence, (id, outcome)) in sorted {
+            if sequence != recent.first + recent.order.len() as u64 {
+                return Err(format!(
+                    "remembered commands have a gap before number {sequence}"
+                ));
+            }
+            recent.ids += weight(&outcome);
+            recent.order.push_back((id, outcome));
+            recent.sequences.insert(id, sequence);
+        }
+        recent.check()?;
+        Ok(recent)
+    }
+
+    pub(super) fn check(&self) -> Result<(), String> {
+        if self.order.len() > RECENT_COMMANDS || self.sequences.len() != self.order.len() {
+            return Err("remembered commands: wrong number".into());
+        }
+        let ids: usize = self.order.iter().map(|(_, o)| weight(o)).sum();
+        if ids != self.ids {
+            return Err("remembered commands: wrong count of ids".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::InstanceId;
+
+    fn stored(recent: &Recent) -> Vec<(u32, u64, CommandId, Outcome)> {
+        let at = |s| recent.at_slot(s).map(|(n, id, o)| (s, n, id, o.clone()));
+        recent.slots().filter_map(at).collect()
+    }
+
+    #[test]
+    fn the_oldest_is_forgotten_and_slots_are_used_again() {
+        let mut recent = Recent::default();
+        for i in 0..RECENT_COMMANDS as u128 + 3 {
+            let slots = recent.remember(CommandId(i), Outcome::Bound(i as u32));
+            assert_eq!(slots[0], (i % RECENT_COMMANDS as u128) as u32);
+        }
+        assert_eq!(recent.get(CommandId(2)), None);
+        assert_eq!(recent.get(CommandId(3)), Some(&Outcome::Bound(3)));
+        let entries = stored(&recent);
+        assert_eq!(entries.len(), RECENT_COMMANDS);
+        assert!(entries.windows(2).all(|w| w[0].0 < w[1].0), "slots ascend");
+        assert_eq!(Recent::rebuild(entries).unwrap(), recent);
+    }
+
+    #[test]
+    fn large_outcomes_are_forgotten_sooner() {
+        let mut recent = Recent::default();
+        let ids = vec![InstanceId::from("i"); 1_000];
+        for i in 0..300_u128 {
+            recent.remember(CommandId(i), Outcome::Started(ids.clone()));
+        }
+        assert_eq!(recent.order.len(), RECENT_IDS / 1_000);
+        assert_eq!(recent.get(CommandId(0)), None);
+        assert!(recent.get(CommandId(299)).is_some());
+        assert_eq!(Recent::rebuild(stored(&recent)).unwrap(), recent);
+    }
+
+    #[test]
+    fn gaps_and_wrong_slots_are_refused() {
+        let e = |slot, n, id| (slot, n, CommandId(id), Outcome::Done);
+        assert!(Recent::rebuild(vec![e(0, 0, 1), e(2, 2, 2)]).is_err());
+        assert!(Recent::rebuild(vec![e(1, 0, 1)]).is_err());
+        assert!(Recent::rebuild(vec![e(0, 0, 1), e(1, 1, 1)]).is_err());
+    }
+}

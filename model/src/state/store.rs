@@ -1,0 +1,189 @@
+//! The state as keys and values: changes for a checkpoint, everything for a snapshot, and back.
+//! Knows nothing of where they are written.
+
+use super::index::Index;
+use super::key::Key;
+use super::recent::Recent;
+use super::record::{InstanceRecord, MetaRecord, RecentRecord, ScriptRecord, TemplateRecord};
+use super::{Change, State};
+use crate::codec::{CodecError, decode, encode};
+use crate::ids::{CommandId, InstanceId, TemplateId};
+use crate::instance::ScriptResult;
+use crate::outcome::Outcome;
+use crate::template::Tag;
+use std::borrow::Cow;
+
+impl State {
+    /// Keys changed since the last call with their newest values, in key order, for the durable
+    /// store. Whoever applies must call this now and then, also where nothing is stored: the
+    /// names of changed keys pile up.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        let dirty = std::mem::take(&mut self.dirty);
+        dirty
+            .iter()
+            .map(|key| (key.to_bytes(), self.value(key)))
+            .collect()
+    }
+
+    /// How many keys changed since the last [`State::take_changes`].
+    pub fn changed_keys(&self) -> usize {
+        self.dirty.len()
+    }
+
+    /// The whole state as keys and values, in key order (snapshot).
+    pub fn export(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let mut out = Vec::new();
+        self.for_each_entry(|key, value| out.push((key, value)));
+        out
+    }
+
+    /// Every key and its value, in key order.
+    pub(super) fn for_each_entry(&self, mut visit: impl FnMut(Vec<u8>, Vec<u8>)) {
+        let mut give = |key: Key| {
+            if let Some(value) = self.value(&key) {
+                visit(key.to_bytes(), value);
+            }
+        };
+        give(Key::Meta);
+        self.groups
+            .keys()
+            .for_each(|id| give(Key::Group(id.clone())));
+        let instances = || self.instances.keys().cloned();
+        instances().for_each(|id| give(Key::Instance(id)));
+        self.nodes.keys().for_each(|id| give(Key::Node(id.clone())));
+        instances().for_each(|id| give(Key::Output(id)));
+        self.recent.slots().for_each(|slot| give(Key::Recent(slot)));
+        instances().for_each(|id| give(Key::Script(id)));
+        self.templates
+            .keys()
+            .for_each(|id| give(Key::Template(id.clone())));
+        for (id, template) in &self.templates {
+            for number in template.tags.keys() {
+                give(Key::Tag(id.clone(), *number));
+            }
+        }
+    }
+
+    fn value(&self, key: &Key) -> Option<Vec<u8>> {
+        match key {
+            Key::Meta => Some(encode(&MetaRecord {
+                clock_ms: self.clock_ms,
+                desired_changes: self.desired_changes,
+            })),
+            Key::Group(id) => self.groups.get(id).map(encode),
+            Key::Instance(id) => {
+                let instance = self.instances.get(id)?;
+                Some(encode(&InstanceRecord::of(instance)))
+            }
+            Key::Node(id) => self.nodes.get(id).map(encode),
+            Key::Output(id) => self.instances.get(id)?.script_result.as_ref().map(encode),
+            Key::Recent(slot) => {
+                let (sequence, id, outcome) = self.recent.at_slot(*slot)?;
+                Some(encode(&RecentRecord {
+                    sequence,
+                    id,
+                    outcome: Cow::Borrowed(outcome),
+                }))
+            }
+            Key::Script(id) => {
+                let script = self.instances.get(id)?.request.script.as_ref()?;
+                Some(encode(&ScriptRecord::of(script)))
+            }
+            Key::Template(id) => {
+                let template = self.templates.get(id)?;
+                Some(encode(&TemplateRecord::of(template)))
+            }
+            Key::Tag(id, number) => self.templates.get(id)?.tags.get(number).map(encode),
+        }
+    }
+
+    /// The reverse of [`State::export`]; entries may come in any order. Fails on bytes it does
+    /// not understand and on entries that do not belong together.
+    pub fn import(entries: impl Iterator<Item = (Vec<u8>, Vec<u8>)>) -> Result<Self, CodecError> {
+        let mut state = Self::default();
+        let mut rest = Rest::default();
+        for (key, value) in entries {
+            state.import_entry(&mut rest, Key::from_bytes(&key)?, &value)?;
+        }
+        state.join(rest)?;
+        state.index = Index::rebuild(&state);
+        Ok(state)
+    }
+
+    fn import_entry(&mut self, rest: &mut Rest, key: Key, value: &[u8]) -> Result<(), CodecError> {
+        match key {
+            Key::Meta => {
+                let meta: MetaRecord = decode(value)?;
+                self.clock_ms = meta.clock_ms;
+                self.desired_changes = meta.desired_changes;
+            }
+            Key::Group(id) => {
+                self.groups.insert(id, decode(value)?);
+            }
+            Key::Instance(id) => {
+                let record: InstanceRecord<'_> = decode(value)?;
+                self.instances.insert(id.clone(), record.into_instance(id));
+            }
+            Key::Node(id) => {
+                self.nodes.insert(id, decode(value)?);
+            }
+            Key::Output(id) => rest.outputs.push((id, decode(value)?)),
+            Key::Recent(slot) => {
+                let r: RecentRecord<'_> = decode(value)?;
+                let outcome = r.outcome.into_owned();
+                rest.recent.push((slot, r.sequence, r.id, outcome));
+            }
+            Key::Script(id) => {
+                let record: ScriptRecord<'_> = decode(value)?;
+                rest.scripts.push((id, record.into_body()));
+            }
+            Key::Template(id) => {
+                let record: TemplateRecord<'_> = decode(value)?;
+                self.templates.insert(id.clone(), record.into_template(id));
+            }
+            Key::Tag(id, _) => rest.tags.push((id, decode(value)?)),
+        }
+        Ok(())
+    }
+
+    fn join(&mut self, rest: Rest) -> Result<(), CodecError> {
+        let orphan = |what: &str, id: &str| CodecError(format!("{what} of unknown owner {id}"));
+        for (id, result) in rest.outputs {
+            match self.instances.get_mut(&id) {
+                Some(i) => i.script_result = Some(result),
+                None => return Err(orphan("script output", id.as_str())),
+            }
+        }
+        let scripts = self
+            .instances
+            .values()
+            .filter(|i| i.request.script.is_some());
+        if scripts.count() != rest.scripts.len() {
+            return Err(CodecError("an instance lacks its script".into()));
+        }
+        for (id, body) in rest.scripts {
+            let owner = self.instances.get_mut(&id);
+            match owner.and_then(|i| i.request.script.as_mut()) {
+                Some(script) => script.body = body,
+                None => return Err(orphan("script", id.as_str())),
+            }
+        }
+        for (id, tag) in rest.tags {
+            match self.templates.get_mut(&id) {
+                Some(t) => t.tags.insert(tag.number, tag),
+                None => return Err(orphan("tag", id.as_str())),
+            };
+        }
+        self.recent = Recent::rebuild(rest.recent).map_err(CodecError)?;
+        Ok(())
+    }
+}
+
+/// Entries that belong to others, which may come later.
+#[derive(Default)]
+struct Rest {
+    outputs: Vec<(InstanceId, ScriptResult)>,
+    scripts: Vec<(InstanceId, Vec<u8>)>,
+    tags: Vec<(TemplateId, Tag)>,
+    recent: Vec<(u32, u64, CommandId, Outcome)>,
+}

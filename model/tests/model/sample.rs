@@ -1,0 +1,61 @@
+//! Small values that tests share.
+
+use mainstay_model::command::TagContent;
+use mainstay_model::ids::Digest;
+use mainstay_model::instance::{PortRule, StartRequest};
+use mainstay_model::node::NodeSpec;
+use std::collections::BTreeMap;
+
+pub fn request(template: &str) -> StartRequest {
+    StartRequest {
+        template: template.into(),
+        tag: None,
+        version: None,
+        name: None,
+        name_template: None,
+        external_id: None,
+        node: None,
+        group: None,
+        priority: 1000,
+        script: None,
+        vcpu: None,
+        vram_mb: None,
+        metadata: BTreeMap::new(),
+        port_forwarding: None,
+    }
+}
+
+pub fn digest(seed: u8) -> Digest {
+    Digest([seed; 32])
+}
+
+pub fn content(seed: u8, arch: &str) -> TagContent {
+    TagContent {
+        manifest: digest(seed),
+        size: 1 << 30,
+        arch: arch.to_owned(),
+        description: String::new(),
+        disk: "disk.qcow2".to_owned(),
+        format: "qcow2".to_owned(),
+        forwards: vec![PortRule {
+            name: "ssh".to_owned(),
+            guest_port: 22,
+            host_port: 0,
+        }],
+    }
+}
+
+pub fn spec(name: &str, capacity: u32) -> NodeSpec {
+    NodeSpec {
+        name: name.to_owned(),
+        ip_address: "192.0.2.1".to_owned(),
+        arch: "amd64".to_owned(),
+        cpu_count: 4,
+        ram_mb: 16_384,
+        disk_bytes: 1 << 40,
+        capacity,
+        groups: Vec::new(),
+        agent_version: "0.1.0".to_owned(),
+        driver: "fake".to_owned(),
+    }
+}
