@@ -1,8 +1,29 @@
 //! A member's data directory: who it belongs to, which format it has, and the lock on it.
+//! Knows nothing of what its parts hold.
+//!
+//! ```text
+//! missing or empty -> lock -> identity written (tmp, fsync, rename, fsync) -> ours
+//! ours             -> lock -> identity verified
+//! anything else    -> refused, nothing touched
+//! ```
 
-use crate::Result;
+use crate::disk::{Disk, RealDisk, create_dir_durable, io_error, replace_file};
+use crate::{Result, StorageError};
 use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const MAGIC: &[u8; 8] = b"MAINSTAY";
+/// Format of the whole directory. Raised when an older release could not read it any more; an
+/// upgrade is a step from each version to the next.
+const FORMAT: u32 = 1;
+const IDENTITY: &str = "identity";
+const IDENTITY_TEMP: &str = "identity.tmp";
+const LOCK: &str = "lock";
+const PARTS: [&str; 4] = ["log", "state", "snapshots", "chunks"];
+/// An identity is small; a longer file is not one.
+const IDENTITY_LEN_MAX: u64 = 16 << 20;
 
 /// Who this data directory belongs to. Written once, fsynced; `cluster_id` is filled in at founding.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,26 +41,171 @@ pub struct Identity {
 }
 
 /// An open, locked data directory with its sub-directories:
-/// `log/`, `state/`, `snapshots/`, `chunks/`.
+/// `log/`, `state/`, `snapshots/`, `chunks/`. The lock is released when it is dropped.
 #[derive(Debug)]
 pub struct DataDir {
     root: PathBuf,
+    disk: Arc<dyn Disk>,
+    _lock: File,
 }
 
 impl DataDir {
     /// Open or create and lock. `fresh` makes the identity of a new directory. Refuses a directory
     /// of another format version or of another program, with a sentence that says what to do.
     pub fn open(root: &Path, fresh: impl FnOnce() -> Identity) -> Result<(Self, Identity)> {
-        let _ = (root, fresh);
-        todo!()
+        Self::open_on(root, Arc::new(RealDisk), fresh)
     }
+
+    /// Open on another disk.
+    pub fn open_on(
+        root: &Path,
+        disk: Arc<dyn Disk>,
+        fresh: impl FnOnce() -> Identity,
+    ) -> Result<(Self, Identity)> {
+        if root.exists() {
+            refuse_strangers(root)?;
+        }
+        create_dir_durable(&*disk, root)?;
+        let dir = Self {
+            root: root.to_path_buf(),
+            disk,
+            _lock: lock(root)?,
+        };
+        let identity = match dir.load()? {
+            Some(identity) => identity,
+            None => {
+                let identity = fresh();
+                dir.save(&identity)?;
+                tracing::info!(
+                    path = %root.display(), member = identity.member_id, name = %identity.name,
+                    "created a data directory"
+                );
+                identity
+            }
+        };
+        for part in PARTS {
+            create_dir_durable(&*dir.disk, &dir.path(part))?;
+        }
+        Ok((dir, identity))
+    }
+
     /// Replace the identity file; durable on return.
     pub fn save(&self, identity: &Identity) -> Result<()> {
-        let _ = identity;
-        todo!()
+        let bytes = encode(identity)?;
+        let (path, temp) = (self.path(IDENTITY), self.path(IDENTITY_TEMP));
+        replace_file(&*self.disk, &path, &temp, &bytes)
     }
+
     /// Path of a sub-directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }
+
+    fn load(&self) -> Result<Option<Identity>> {
+        let path = self.path(IDENTITY);
+        match std::fs::metadata(&path) {
+            Ok(meta) if meta.len() > IDENTITY_LEN_MAX => {
+                return Err(StorageError::corrupt(&path, "it is too long"));
+            }
+            Ok(_) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(io_error("read", &path)(e)),
+        }
+        let bytes = std::fs::read(&path).map_err(io_error("read", &path))?;
+        decode(&path, &bytes).map(Some)
+    }
+}
+
+/// A directory with something in it, but without our identity, is somebody else's.
+fn refuse_strangers(root: &Path) -> Result<()> {
+    if !root.is_dir() {
+        return Err(StorageError::Foreign(format!(
+            "{} is not a directory; give the path of an empty or new directory",
+            root.display()
+        )));
+    }
+    let mut stranger = None;
+    for item in std::fs::read_dir(root).map_err(io_error("list", root))? {
+        let name = item.map_err(io_error("list", root))?.file_name();
+        match name.to_str() {
+            Some(IDENTITY) => return Ok(()),
+            // What our own interrupted creation leaves, and what a new file system has.
+            Some(IDENTITY_TEMP | LOCK | "lost+found") => {}
+            _ => stranger = stranger.or(Some(name)),
+        }
+    }
+    match stranger {
+        None => Ok(()),
+        Some(name) => Err(StorageError::Foreign(format!(
+            "{} is not a Mainstay data directory: it holds {name:?} but no file named \"{IDENTITY}\"; \
+             give the path of an empty or new directory, or restore the missing file",
+            root.display()
+        ))),
+    }
+}
+
+fn lock(root: &Path) -> Result<File> {
+    let path = root.join(LOCK);
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(io_error("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StorageError::Locked(root.to_path_buf())),
+        Err(TryLockError::Error(e)) => Err(io_error("lock", &path)(e)),
+    }
+}
+
+/// Magic, format u32, crc32 of format and body u32, body (bincode).
+fn encode(identity: &Identity) -> Result<Vec<u8>> {
+    let body = bincode::serde::encode_to_vec(identity, bincode::config::standard())
+        .map_err(|e| StorageError::Misuse(format!("identity cannot be written: {e}")))?;
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend_from_slice(&FORMAT.to_le_bytes());
+    bytes.extend_from_slice(&checksum(FORMAT, &body).to_le_bytes());
+    bytes.extend_from_slice(&body);
+    Ok(bytes)
+}
+
+fn checksum(format: u32, body: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&format.to_le_bytes());
+    hasher.update(body);
+    hasher.finalize()
+}
+
+fn decode(path: &Path, bytes: &[u8]) -> Result<Identity> {
+    let damaged = |what: &str| StorageError::corrupt(path, what);
+    let word = |at: usize| {
+        let bytes = bytes.get(at..at + 4)?;
+        Some(u32::from_le_bytes(bytes.try_into().ok()?))
+    };
+    if bytes.get(..8) != Some(MAGIC) {
+        return Err(StorageError::Foreign(format!(
+            "{} is not a Mainstay identity file; give the path of an empty or new directory",
+            path.display()
+        )));
+    }
+    let (Some(format), Some(crc)) = (word(8), word(12)) else {
+        return Err(damaged("it is too short"));
+    };
+    let body = &bytes[16..];
+    if crc != checksum(format, body) {
+        return Err(damaged("it does not match its checksum"));
+    }
+    if format != FORMAT {
+        return Err(StorageError::Foreign(format!(
+            "{} has format {format} and this release reads format {FORMAT}; start the release that wrote it",
+            path.display()
+        )));
+    }
+    let (identity, used) = bincode::serde::decode_from_slice(body, bincode::config::standard())
+        .map_err(|e| damaged(&format!("it cannot be read ({e})")))?;
+    if used != body.len() {
+        return Err(damaged("bytes follow its end"));
+    }
+    Ok(identity)
 }

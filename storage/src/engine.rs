@@ -3,6 +3,13 @@
 //! A checkpoint is one atomic batch that carries the changed keys *and* the mark (applied index,
 //! membership), so that a crash finds both or neither.
 
+mod layout;
+mod memory;
+mod sled;
+
+pub use memory::MemoryEngine;
+pub use sled::SledEngine;
+
 use crate::Result;
 
 /// A key and its new value; `None` = removed.
@@ -24,7 +31,8 @@ pub trait Engine: Send + Sync + 'static {
     fn load(&self) -> Result<Loaded>;
     /// Apply `changes` and set the mark, atomically; durable on return. Values may be of any size.
     fn checkpoint(&self, changes: &[Change], mark: &[u8]) -> Result<()>;
-    /// Replace everything (a snapshot was installed), atomically; durable on return.
+    /// Replace everything (a snapshot was installed), atomically; durable on return. Keys must ascend
+    /// (refused otherwise as [`crate::StorageError::Misuse`], with nothing changed).
     fn replace(
         &self,
         entries: &mut dyn Iterator<Item = (Vec<u8>, Vec<u8>)>,

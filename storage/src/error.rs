@@ -37,7 +37,24 @@ pub enum StorageError {
     /// A previous write failed; nothing more is accepted.
     #[error("storage stopped after an earlier failure: {0}")]
     Stopped(String),
+    /// The caller broke a rule of the interface; nothing was changed.
+    #[error("refused: {0}")]
+    Misuse(String),
     /// Bytes do not hash to the name they came with.
     #[error("chunk {0} does not match its digest")]
     BadDigest(String),
+}
+
+/// What a person does about damage that this member cannot repair by itself.
+pub(crate) const REPAIR_HINT: &str = "this member's copy cannot be trusted; the other members hold the data: \
+    stop it, run `mainstay member replace` and let it join again with an empty data directory";
+
+impl StorageError {
+    /// Damage found at `path`; says what to do.
+    pub(crate) fn corrupt(path: &std::path::Path, detail: impl std::fmt::Display) -> Self {
+        Self::Corrupt {
+            path: path.to_path_buf(),
+            detail: format!("{detail}; {REPAIR_HINT}"),
+        }
+    }
 }

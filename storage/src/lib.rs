@@ -4,12 +4,14 @@
 //! * [`engine`]: the key-value store of the applied state (sled; memory for tests).
 //! * [`snapshot`]: checksummed snapshot files.
 //! * [`datadir`]: a data directory's identity, format version and lock.
+//! * [`disk`]: the file operations all of that rests on, so that tests can cut the power.
 //! * [`chunks`]: content-addressed chunks in append-only packs.
 //!
 //! "Durable" always means: the bytes and what is needed to find them were fsynced.
 
 pub mod chunks;
 pub mod datadir;
+pub mod disk;
 pub mod engine;
 pub mod error;
 pub mod log;

@@ -4,9 +4,23 @@
 //! The vote and the log go through the same queue. Appends that wait are written together and
 //! share one `fdatasync`.
 
+mod index;
+mod memory;
+mod record;
+mod recover;
+mod segment;
+mod wal;
+mod writer;
+
+pub use memory::MemoryLog;
+pub use wal::{Wal, WalOptions};
+
 use crate::Result;
 use bytes::Bytes;
 use std::ops::Range;
+
+/// Largest entry, vote or mark; more is refused.
+pub const BYTES_LEN_MAX: usize = 512 << 20;
 
 /// Called once, in queue order, after the change is durable (or has failed for good).
 pub type Done = Box<dyn FnOnce(Result<()>) + Send>;
@@ -44,7 +58,9 @@ pub trait Log: Send + Sync + 'static {
     fn state(&self) -> LogState;
     /// Entries in the range that are present, in order, at most about `max_bytes` of them (at least one).
     fn read(&self, range: Range<u64>, max_bytes: usize) -> Result<Vec<LogEntry>>;
-    /// Append entries with consecutive indexes after the last one.
+    /// Append entries with consecutive indexes after the last one (after the purge mark when the log is
+    /// empty; anywhere in a log that never held anything). Anything else is refused as
+    /// [`crate::StorageError::Misuse`] and changes nothing.
     fn append(&self, entries: Vec<LogEntry>, done: Done);
     /// Save the vote.
     fn save_vote(&self, vote: Bytes, done: Done);
@@ -52,6 +68,7 @@ pub trait Log: Send + Sync + 'static {
     fn save_committed(&self, mark: Option<Bytes>, done: Done);
     /// Remove every entry after `index` (all entries when `None`).
     fn truncate_after(&self, index: Option<u64>, done: Done);
-    /// Remove every entry up to and including `index`, and remember `mark`.
+    /// Remove every entry up to and including `index` (which may lie beyond the last one: a snapshot was
+    /// installed), and remember `mark`. At or below the present purge mark it does nothing.
     fn purge(&self, index: u64, mark: Bytes, done: Done);
 }

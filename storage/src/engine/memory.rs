@@ -1,0 +1,69 @@
+//! A state store in memory: the second implementation, for tests and in-process clusters.
+
+use super::{Change, Engine, Loaded};
+use crate::{Result, StorageError};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+
+/// Holds everything in memory.
+#[derive(Debug, Default)]
+pub struct MemoryEngine {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    mark: Option<Vec<u8>>,
+    entries: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+impl MemoryEngine {
+    /// An empty engine.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+impl Engine for MemoryEngine {
+    fn load(&self) -> Result<Loaded> {
+        let inner = self.inner.lock();
+        Ok(Loaded {
+            mark: inner.mark.clone(),
+            entries: inner.entries.clone().into_iter().collect(),
+        })
+    }
+
+    fn checkpoint(&self, changes: &[Change], mark: &[u8]) -> Result<()> {
+        let mut inner = self.inner.lock();
+        for (key, value) in changes {
+            match value {
+                Some(value) => inner.entries.insert(key.clone(), value.clone()),
+                None => inner.entries.remove(key),
+            };
+        }
+        inner.mark = Some(mark.to_vec());
+        Ok(())
+    }
+
+    fn replace(
+        &self,
+        entries: &mut dyn Iterator<Item = (Vec<u8>, Vec<u8>)>,
+        mark: &[u8],
+    ) -> Result<()> {
+        let entries: Vec<_> = entries.collect();
+        if entries.windows(2).any(|w| w[0].0 >= w[1].0) {
+            return Err(StorageError::Misuse("keys must ascend".into()));
+        }
+        let entries = entries.into_iter().collect();
+        *self.inner.lock() = Inner {
+            mark: Some(mark.to_vec()),
+            entries,
+        };
+        Ok(())
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        0
+    }
+}

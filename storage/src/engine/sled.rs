@@ -1,0 +1,376 @@
+//! The state store on sled: the only file that names it. Knows sled's ways of losing data, and what to do
+//! about each:
+//!
+//! * `flush()` does not fsync on Linux: every flush is followed by `fdatasync` on a descriptor of ours.
+//! * Long values go to files under `blobs/` that are never synced: no value is longer than about 3 KiB,
+//!   and should a page end up there all the same, its file is synced before a checkpoint returns.
+//! * A kill during recovery leaves `snap.*.generating`, with which it never opens again: deleted before.
+//! * Its own flush thread is off: one caller writes, and knows what is durable when.
+//! * A failed write is final: every later call is refused.
+
+use super::layout::{self, Root};
+use super::{Change, Engine, Loaded};
+use crate::disk::{Disk, RealDisk, create_dir_durable, io_error};
+use crate::error::REPAIR_HINT;
+use crate::{Result, StorageError};
+use parking_lot::Mutex;
+use sled::Batch;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// Pages kept in memory. The whole state is in memory above us; this is for writing.
+const CACHE_BYTES: u64 = 64 << 20;
+/// About the bytes and the keys in one batch of a large change: bounds memory and the length of a flush.
+const BATCH_BYTES: usize = 1 << 20;
+const BATCH_KEYS: usize = 1024;
+
+/// A durable key-value store in a directory of its own.
+#[derive(Debug)]
+pub struct SledEngine {
+    dir: PathBuf,
+    db: sled::Db,
+    /// Ours, of the file that holds everything.
+    file: File,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    root: Root,
+    /// Files under `blobs/` that were synced.
+    synced: BTreeSet<PathBuf>,
+    stopped: Option<String>,
+}
+
+impl SledEngine {
+    /// Open or create. Removes what an interrupted [`Engine::replace`] left.
+    pub fn open(dir: &Path) -> Result<Self> {
+        create_dir_durable(&RealDisk, dir)?;
+        remove_half_snapshots(dir)?;
+        let db = sled::Config::new()
+            .path(dir)
+            .cache_capacity(CACHE_BYTES)
+            .flush_every_ms(None)
+            .open()
+            .map_err(|e| fault(dir, "open", e))?;
+        let path = dir.join("db");
+        let engine = Self {
+            file: File::open(&path).map_err(io_error("open", &path))?,
+            dir: dir.to_path_buf(),
+            db,
+            state: Mutex::default(),
+        };
+        engine.sync_names()?;
+        let mut state = engine.state.lock();
+        if let Some(bytes) = engine.get(layout::ROOT_KEY)? {
+            state.root = layout::parse_root(&bytes)
+                .ok_or_else(|| engine.damaged("its root does not match its checksum"))?;
+        }
+        engine.drop_others(&mut state)?;
+        drop(state);
+        Ok(engine)
+    }
+
+    /// Creation must survive a power cut: the files, and the names of the files.
+    fn sync_names(&self) -> Result<()> {
+        self.db.flush().map_err(|e| fault(&self.dir, "flush", e))?;
+        for name in ["db", "conf"] {
+            let path = self.dir.join(name);
+            let file = File::open(&path).map_err(io_error("open", &path))?;
+            file.sync_all().map_err(io_error("sync", &path))?;
+        }
+        for dir in [self.dir.join("blobs"), self.dir.clone()] {
+            RealDisk
+                .sync_dir(&dir)
+                .map_err(io_error("sync directory", &dir))?;
+        }
+        Ok(())
+    }
+
+    fn damaged(&self, what: impl std::fmt::Display) -> StorageError {
+        StorageError::corrupt(&self.dir, what)
+    }
+
+    fn get(&self, key: &[u8]) -> Result<Option<sled::IVec>> {
+        self.db.get(key).map_err(|e| fault(&self.dir, "read", e))
+    }
+
+    /// Run a change; when it fails the engine is stopped for good. A refusal changes nothing.
+    fn change(&self, change: impl FnOnce(&mut State) -> Result<()>) -> Result<()> {
+        let mut state = self.state.lock();
+        if let Some(why) = &state.stopped {
+            return Err(StorageError::Stopped(why.clone()));
+        }
+        let result = change(&mut state);
+        if let Err(error) = &result
+            && !matches!(error, StorageError::Misuse(_))
+        {
+            tracing::error!(%error, path = %self.dir.display(), "the state store stopped");
+            state.stopped = Some(error.to_string());
+        }
+        result
+    }
+
+    /// Add to a batch what sets or removes one key, and account for it in `root`.
+    fn prepare(
+        &self,
+        batch: &mut Batch,
+        root: &mut Root,
+        key: &[u8],
+        value: Option<&[u8]>,
+    ) -> Result<()> {
+        let generation = root.generation;
+        let head_key = layout::head_key(generation, key);
+        let mut old_parts = 0;
+        if let Some(old) = self.get(&head_key)? {
+            let old = layout::parse_head(&old).ok_or_else(|| self.damaged("a value is cut"))?;
+            old_parts = old.parts();
+            root.count = root.count.wrapping_sub(1);
+            root.sum = root.sum.wrapping_sub(old.digest);
+        }
+        let mut new_parts = 0;
+        match value {
+            Some(value) => {
+                new_parts = insert(batch, root, key, value);
+            }
+            None => batch.remove(head_key),
+        }
+        for part in new_parts + 1..=old_parts {
+            batch.remove(layout::part_key(generation, key, part));
+        }
+        Ok(())
+    }
+
+    fn apply(&self, batch: Batch) -> Result<()> {
+        self.db
+            .apply_batch(batch)
+            .map_err(|e| fault(&self.dir, "write", e))
+    }
+
+    /// Make everything applied so far durable.
+    fn sync(&self, state: &mut State) -> Result<()> {
+        self.db.flush().map_err(|e| fault(&self.dir, "flush", e))?;
+        self.sync_blobs(state)?;
+        let path = self.dir.join("db");
+        self.file.sync_data().map_err(io_error("sync", &path))
+    }
+
+    fn sync_blobs(&self, state: &mut State) -> Result<()> {
+        let dir = self.dir.join("blobs");
+        let mut present = BTreeSet::new();
+        for item in std::fs::read_dir(&dir).map_err(io_error("list", &dir))? {
+            let path = item.map_err(io_error("list", &dir))?.path();
+            if !state.synced.contains(&path) {
+                match File::open(&path) {
+                    Ok(file) => file.sync_all().map_err(io_error("sync", &path))?,
+                    // The store's own cleaning may remove one at any time.
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                    Err(e) => return Err(io_error("open", &path)(e)),
+                }
+            }
+            present.insert(path);
+        }
+        if !present.is_subset(&state.synced) {
+            RealDisk
+                .sync_dir(&dir)
+                .map_err(io_error("sync directory", &dir))?;
+        }
+        state.synced = present;
+        Ok(())
+    }
+
+    /// Write the root with a batch, and make both durable.
+    fn commit(&self, state: &mut State, mut batch: Batch, root: Root) -> Result<()> {
+        batch.insert(layout::ROOT_KEY, layout::encode_root(root));
+        self.apply(batch)?;
+        self.sync(state)?;
+        state.root = root;
+        Ok(())
+    }
+
+    /// Remove every key that does not belong to the current generation, in bounded batches.
+    fn drop_others(&self, state: &mut State) -> Result<()> {
+        let mut dropped = 0usize;
+        for range in layout::other_generations(state.root.generation) {
+            loop {
+                let mut batch = Batch::default();
+                let mut keys = 0;
+                for key in self.db.range(range.clone()).keys().take(BATCH_KEYS) {
+                    batch.remove(key.map_err(|e| fault(&self.dir, "read", e))?);
+                    keys += 1;
+                }
+                if keys == 0 {
+                    break;
+                }
+                self.apply(batch)?;
+                self.sync(state)?;
+                dropped += keys;
+            }
+        }
+        if dropped > 0 {
+            tracing::info!(path = %self.dir.display(), keys = dropped, "dropped an old generation of the state");
+        }
+        Ok(())
+    }
+
+    /// Write a new generation beside the current one; not visible yet.
+    fn write_generation(
+        &self,
+        state: &mut State,
+        entries: &mut dyn Iterator<Item = (Vec<u8>, Vec<u8>)>,
+    ) -> Result<Root> {
+        let mut root = Root {
+            generation: state.root.generation + 1,
+            ..Root::default()
+        };
+        let mut batch = Batch::default();
+        let (mut keys, mut bytes) = (0, 0);
+        let mut last: Option<Vec<u8>> = None;
+        for (key, value) in entries {
+            if last.as_ref().is_some_and(|last| *last >= key) {
+                self.sync(state)?;
+                self.drop_others(state)?;
+                return Err(StorageError::Misuse("keys must ascend".into()));
+            }
+            insert(&mut batch, &mut root, &layout::entry_key(&key), &value);
+            keys += 1;
+            bytes += key.len() + value.len();
+            if keys >= BATCH_KEYS || bytes >= BATCH_BYTES {
+                self.apply(std::mem::take(&mut batch))?;
+                self.sync(state)?;
+                (keys, bytes) = (0, 0);
+            }
+            last = Some(key);
+        }
+        self.apply(batch)?;
+        self.sync(state)?;
+        Ok(root)
+    }
+
+    /// Put a value together from its head and parts, and verify it.
+    fn whole(&self, generation: u64, key: &[u8], head: &[u8]) -> Result<(Vec<u8>, u64)> {
+        let cut = || self.damaged(format!("the value of key {} is cut", hex::encode(key)));
+        let head = layout::parse_head(head).ok_or_else(cut)?;
+        let mut value = head.first.to_vec();
+        for part in 1..=head.parts() {
+            let part = self.get(&layout::part_key(generation, key, part))?;
+            value.extend_from_slice(&part.ok_or_else(cut)?);
+        }
+        if value.len() as u64 != head.len || layout::digest(key, &value) != head.digest {
+            return Err(self.damaged(format!(
+                "the value of key {} does not match its checksum",
+                hex::encode(key)
+            )));
+        }
+        Ok((value, head.digest))
+    }
+}
+
+/// Add a whole value to a batch and to the root's account; returns the number of its parts.
+fn insert(batch: &mut Batch, root: &mut Root, key: &[u8], value: &[u8]) -> u32 {
+    let digest = layout::digest(key, value);
+    let (head, parts) = layout::split(digest, value);
+    batch.insert(layout::head_key(root.generation, key), head);
+    let mut count = 0;
+    for (number, part) in parts {
+        batch.insert(layout::part_key(root.generation, key, number), part);
+        count = number;
+    }
+    root.count = root.count.wrapping_add(1);
+    root.sum = root.sum.wrapping_add(digest);
+    count
+}
+
+impl Engine for SledEngine {
+    fn load(&self) -> Result<Loaded> {
+        let root = self.state.lock().root;
+        let mut seen = Root {
+            generation: root.generation,
+            ..Root::default()
+        };
+        let mut loaded = Loaded::default();
+        for item in self.db.scan_prefix(layout::heads_of(root.generation)) {
+            let (stored, head) = item.map_err(|e| fault(&self.dir, "read", e))?;
+            let key = &stored[layout::KEY_PREFIX_LEN..];
+            let (value, digest) = self.whole(root.generation, key, &head)?;
+            seen.count += 1;
+            seen.sum = seen.sum.wrapping_add(digest);
+            match layout::caller_key(key) {
+                Some(key) => loaded.entries.push((key.to_vec(), value)),
+                None => loaded.mark = Some(value),
+            }
+        }
+        if seen != root {
+            return Err(self.damaged(format!(
+                "it holds {} values where {} were written, or others than those",
+                seen.count, root.count
+            )));
+        }
+        Ok(loaded)
+    }
+
+    fn checkpoint(&self, changes: &[Change], mark: &[u8]) -> Result<()> {
+        // The last change of a key wins, and it must be accounted for once.
+        let changes: BTreeMap<Vec<u8>, Option<&[u8]>> = changes
+            .iter()
+            .map(|(key, value)| (layout::entry_key(key), value.as_deref()))
+            .collect();
+        self.change(|state| {
+            let mut root = state.root;
+            let mut batch = Batch::default();
+            for (key, value) in &changes {
+                self.prepare(&mut batch, &mut root, key, *value)?;
+            }
+            self.prepare(&mut batch, &mut root, layout::MARK_KEY, Some(mark))?;
+            self.commit(state, batch, root)
+        })
+    }
+
+    fn replace(
+        &self,
+        entries: &mut dyn Iterator<Item = (Vec<u8>, Vec<u8>)>,
+        mark: &[u8],
+    ) -> Result<()> {
+        self.change(|state| {
+            let mut root = self.write_generation(state, entries)?;
+            let mut batch = Batch::default();
+            insert(&mut batch, &mut root, layout::MARK_KEY, mark);
+            self.commit(state, batch, root)?;
+            self.drop_others(state)
+        })
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        let file = self.file.metadata().map_or(0, |m| m.len());
+        let blobs = std::fs::read_dir(self.dir.join("blobs"))
+            .into_iter()
+            .flatten()
+            .filter_map(|item| Some(item.ok()?.metadata().ok()?.len()))
+            .sum::<u64>();
+        file + blobs
+    }
+}
+
+/// A kill while it recovers leaves these, and then it refuses to open (sled issues #1527, #1533).
+fn remove_half_snapshots(dir: &Path) -> Result<()> {
+    for name in crate::disk::file_names(dir)? {
+        if name.starts_with("snap.") && name.ends_with(".generating") {
+            let path = dir.join(name);
+            tracing::info!(path = %path.display(), "removing what an interrupted start of the state store left");
+            std::fs::remove_file(&path).map_err(io_error("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+fn fault(dir: &Path, action: &'static str, error: sled::Error) -> StorageError {
+    match error {
+        sled::Error::Io(source) => io_error(action, dir)(source),
+        sled::Error::Corruption { .. } => StorageError::corrupt(dir, error),
+        other => StorageError::Stopped(format!(
+            "{action} {}: {other}; {REPAIR_HINT}",
+            dir.display()
+        )),
+    }
+}

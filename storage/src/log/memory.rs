@@ -1,0 +1,159 @@
+//! A log in memory: the second implementation, for tests and in-process clusters. Shares no code with the
+//! files' one on purpose: each is the other's check.
+
+use super::{Done, Log, LogEntry, LogState};
+use crate::{Result, StorageError};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+/// Holds everything in memory; callbacks run on the caller's thread, in queue order.
+#[derive(Default)]
+pub struct MemoryLog {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    entries: BTreeMap<u64, Bytes>,
+    purged: Option<(u64, Bytes)>,
+    vote: Option<Bytes>,
+    committed: Option<Bytes>,
+    calls: VecDeque<(Done, Result<()>)>,
+    calling: bool,
+    stopped: Option<String>,
+}
+
+impl std::fmt::Debug for MemoryLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MemoryLog").finish_non_exhaustive()
+    }
+}
+
+impl MemoryLog {
+    /// An empty log.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// From now on every change fails, as after a failed write.
+    pub fn stop(&self, why: &str) {
+        self.inner.lock().stopped = Some(why.to_owned());
+    }
+
+    /// Make a change and call `done` after those of earlier changes. Whoever finds nobody calling does
+    /// the calling, outside the lock: a callback may come back with another change.
+    fn change(&self, done: Done, change: impl FnOnce(&mut Inner) -> Result<()>) {
+        let mut inner = self.inner.lock();
+        let result = match &inner.stopped {
+            Some(why) => Err(StorageError::Stopped(why.clone())),
+            None => change(&mut inner),
+        };
+        inner.calls.push_back((done, result));
+        if std::mem::replace(&mut inner.calling, true) {
+            return;
+        }
+        while let Some((done, result)) = inner.calls.pop_front() {
+            drop(inner);
+            done(result);
+            inner = self.inner.lock();
+        }
+        inner.calling = false;
+    }
+}
+
+impl Inner {
+    fn next(&self) -> Option<u64> {
+        let last = self.entries.last_key_value().map(|(index, _)| *index);
+        let purged = self.purged.as_ref().map(|(index, _)| *index);
+        last.or(purged).map(|index| index + 1)
+    }
+
+    fn append(&mut self, entries: Vec<LogEntry>) -> Result<()> {
+        let Some(from) = entries.first().map(|e| e.index) else {
+            return Ok(());
+        };
+        let gap = entries.windows(2).any(|w| w[1].index != w[0].index + 1);
+        if gap || self.next().is_some_and(|next| next != from) {
+            return Err(StorageError::Misuse(format!(
+                "append at {from}, but the log continues at {:?}",
+                self.next()
+            )));
+        }
+        self.entries
+            .extend(entries.into_iter().map(|e| (e.index, e.bytes)));
+        Ok(())
+    }
+}
+
+impl Log for MemoryLog {
+    fn state(&self) -> LogState {
+        let inner = self.inner.lock();
+        LogState {
+            first: inner.entries.first_key_value().map(|(index, _)| *index),
+            last: inner.entries.last_key_value().map(|(index, _)| *index),
+            purged: inner.purged.clone(),
+            vote: inner.vote.clone(),
+            committed: inner.committed.clone(),
+            disk_bytes: 0,
+        }
+    }
+
+    fn read(&self, range: Range<u64>, max_bytes: usize) -> Result<Vec<LogEntry>> {
+        let mut found = Vec::new();
+        if range.is_empty() {
+            return Ok(found);
+        }
+        let mut bytes = 0usize;
+        for (index, entry) in self.inner.lock().entries.range(range) {
+            bytes = bytes.saturating_add(entry.len());
+            if !found.is_empty() && bytes > max_bytes {
+                break;
+            }
+            found.push(LogEntry {
+                index: *index,
+                bytes: entry.clone(),
+            });
+        }
+        Ok(found)
+    }
+
+    fn append(&self, entries: Vec<LogEntry>, done: Done) {
+        self.change(done, |inner| inner.append(entries));
+    }
+
+    fn save_vote(&self, vote: Bytes, done: Done) {
+        self.change(done, |inner| {
+            inner.vote = Some(vote);
+            Ok(())
+        });
+    }
+
+    fn save_committed(&self, mark: Option<Bytes>, done: Done) {
+        self.change(done, |inner| {
+            inner.committed = mark;
+            Ok(())
+        });
+    }
+
+    fn truncate_after(&self, index: Option<u64>, done: Done) {
+        self.change(done, |inner| {
+            inner
+                .entries
+                .retain(|i, _| index.is_some_and(|after| *i <= after));
+            Ok(())
+        });
+    }
+
+    fn purge(&self, index: u64, mark: Bytes, done: Done) {
+        self.change(done, |inner| {
+            if inner.purged.as_ref().is_none_or(|(old, _)| index > *old) {
+                inner.entries.retain(|i, _| *i > index);
+                inner.purged = Some((index, mark));
+            }
+            Ok(())
+        });
+    }
+}

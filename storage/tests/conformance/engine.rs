@@ -1,0 +1,194 @@
+//! The suite of every [`Engine`], and what only sled's files can show: reopening.
+
+use crate::support::Random;
+use mainstay_storage::StorageError;
+use mainstay_storage::engine::{Change, Engine, Loaded, MemoryEngine, SledEngine};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard};
+
+/// sled hangs when eight or more are open in one process: these tests take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn each(check: impl Fn(&dyn Engine)) {
+    check(&MemoryEngine::new());
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    check(&SledEngine::open(&dir.path().join("state")).unwrap());
+}
+
+fn set(key: &[u8], value: &[u8]) -> Change {
+    (key.to_vec(), Some(value.to_vec()))
+}
+
+fn removed(key: &[u8]) -> Change {
+    (key.to_vec(), None)
+}
+
+fn loaded(mark: &[u8], entries: &[(&[u8], &[u8])]) -> Loaded {
+    Loaded {
+        mark: Some(mark.to_vec()),
+        entries: entries
+            .iter()
+            .map(|(k, v)| (k.to_vec(), v.to_vec()))
+            .collect(),
+    }
+}
+
+#[test]
+fn a_new_engine_is_empty() {
+    each(|engine| assert_eq!(engine.load().unwrap(), Loaded::default()));
+}
+
+#[test]
+fn a_checkpoint_sets_removes_and_marks() {
+    each(|engine| {
+        let changes = [set(b"b", b"1"), set(b"", b"empty key"), set(b"a", b"")];
+        engine.checkpoint(&changes, b"m1").unwrap();
+        let expected = loaded(b"m1", &[(b"", b"empty key"), (b"a", b""), (b"b", b"1")]);
+        assert_eq!(engine.load().unwrap(), expected);
+        let changes = [removed(b"b"), removed(b"never there"), set(b"a", b"2")];
+        engine.checkpoint(&changes, b"m2").unwrap();
+        let expected = loaded(b"m2", &[(b"", b"empty key"), (b"a", b"2")]);
+        assert_eq!(engine.load().unwrap(), expected);
+        engine.checkpoint(&[], b"").unwrap();
+        assert_eq!(engine.load().unwrap().mark, Some(Vec::new()));
+    });
+}
+
+#[test]
+fn the_last_change_of_a_key_wins() {
+    each(|engine| {
+        let changes = [
+            set(b"k", b"1"),
+            removed(b"k"),
+            set(b"k", b"2"),
+            set(b"l", b"3"),
+            removed(b"l"),
+        ];
+        engine.checkpoint(&changes, b"m").unwrap();
+        assert_eq!(engine.load().unwrap(), loaded(b"m", &[(b"k", b"2")]));
+    });
+}
+
+#[test]
+fn values_and_marks_of_any_size() {
+    each(|engine| {
+        let big = Random(1).bytes(300_000);
+        for len in [0, 2799, 2800, 2801, 5600, 5601, 300_000, 10, 4000] {
+            let value = &big[..len];
+            // Keys that are prefixes of each other, and look like part numbers.
+            let keys: [&[u8]; 3] = [b"k", b"k\0\0\0\x01", b"k\0\0\0\x02"];
+            let changes: Vec<_> = keys.iter().map(|key| set(key, value)).collect();
+            engine.checkpoint(&changes, value).unwrap();
+            let expected = loaded(value, &keys.map(|key| (key, value)));
+            assert_eq!(engine.load().unwrap(), expected, "{len}");
+        }
+    });
+}
+
+#[test]
+fn replace_leaves_nothing_of_the_old() {
+    each(|engine| {
+        let big = Random(2).bytes(20_000);
+        engine
+            .checkpoint(&[set(b"old", &big), set(b"both", &big)], b"m1")
+            .unwrap();
+        let new = vec![
+            (b"both".to_vec(), b"new".to_vec()),
+            (b"new".to_vec(), big.clone()),
+        ];
+        engine.replace(&mut new.clone().into_iter(), b"m2").unwrap();
+        let expected = Loaded {
+            mark: Some(b"m2".to_vec()),
+            entries: new,
+        };
+        assert_eq!(engine.load().unwrap(), expected);
+        engine.checkpoint(&[removed(b"new")], b"m3").unwrap();
+        assert_eq!(engine.load().unwrap(), loaded(b"m3", &[(b"both", b"new")]));
+        engine.replace(&mut std::iter::empty(), b"m4").unwrap();
+        assert_eq!(engine.load().unwrap(), loaded(b"m4", &[]));
+    });
+}
+
+#[test]
+fn replace_refuses_disorder_and_changes_nothing() {
+    each(|engine| {
+        engine.checkpoint(&[set(b"k", b"v")], b"m").unwrap();
+        let twice = vec![(b"a".to_vec(), Vec::new()), (b"a".to_vec(), Vec::new())];
+        let refused = engine.replace(&mut twice.into_iter(), b"x");
+        assert!(
+            matches!(refused, Err(StorageError::Misuse(_))),
+            "{refused:?}"
+        );
+        assert_eq!(engine.load().unwrap(), loaded(b"m", &[(b"k", b"v")]));
+        engine.checkpoint(&[set(b"l", b"w")], b"m2").unwrap();
+        assert_eq!(
+            engine.load().unwrap(),
+            loaded(b"m2", &[(b"k", b"v"), (b"l", b"w")])
+        );
+    });
+}
+
+/// Random checkpoints and replacements, reopened now and then, against a map.
+#[test]
+fn sled_agrees_with_a_map_across_reopenings() {
+    let _turn = turn();
+    let mut random = Random(77);
+    let dir = tempfile::tempdir().unwrap();
+    let mut engine = SledEngine::open(dir.path()).unwrap();
+    let mut model: BTreeMap<Vec<u8>, Vec<u8>> = BTreeMap::new();
+    for step in 0..120u64 {
+        let mark = step.to_le_bytes();
+        if random.below(15) == 0 {
+            model = (0..random.below(300))
+                .map(|_| (random.bytes(3), random.bytes(40)))
+                .collect();
+            engine
+                .replace(&mut model.clone().into_iter(), &mark)
+                .unwrap();
+        } else {
+            let changes: Vec<Change> = (0..random.below(20))
+                .map(|_| {
+                    let len = if random.below(10) == 0 { 9000 } else { 50 };
+                    let value = (random.below(3) > 0).then(|| random.bytes(len));
+                    (vec![random.below(64) as u8], value)
+                })
+                .collect();
+            engine.checkpoint(&changes, &mark).unwrap();
+            for (key, value) in changes {
+                match value {
+                    Some(value) => model.insert(key, value),
+                    None => model.remove(&key),
+                };
+            }
+        }
+        if random.below(6) == 0 {
+            drop(engine);
+            engine = SledEngine::open(dir.path()).unwrap();
+        }
+        let expected = Loaded {
+            mark: Some(mark.to_vec()),
+            entries: model.clone().into_iter().collect(),
+        };
+        assert_eq!(engine.load().unwrap(), expected, "step {step}");
+    }
+    assert!(engine.disk_bytes() > 0);
+}
+
+#[test]
+fn a_half_written_recovery_snapshot_does_not_keep_it_shut() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let engine = SledEngine::open(dir.path()).unwrap();
+    engine.checkpoint(&[set(b"k", b"v")], b"m").unwrap();
+    drop(engine);
+    let left = dir.path().join("snap.0000000000001234.generating");
+    std::fs::write(&left, b"half").unwrap();
+    let engine = SledEngine::open(dir.path()).unwrap();
+    assert!(!left.exists());
+    assert_eq!(engine.load().unwrap(), loaded(b"m", &[(b"k", b"v")]));
+}
