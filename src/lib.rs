@@ -5,6 +5,11 @@
 pub mod agents;
 pub mod app;
 pub mod cli;
+pub mod config;
+pub mod founding;
 pub mod http;
+pub mod listen;
+pub mod machine;
+pub mod peer;
 pub mod registry;
 pub mod stamp;

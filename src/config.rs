@@ -1,0 +1,388 @@
+//! What one member is told: flags, environment, file, defaults, in that order. Every mistake is a
+//! sentence that says what to write instead. Opens nothing, listens nowhere.
+
+use clap::{Args, ValueEnum};
+use mainstay_raft::Member;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// Default port of the REST API.
+pub const API_PORT: u16 = 8090;
+/// Default port of the registry.
+pub const REGISTRY_PORT: u16 = 8089;
+/// Default port for members among themselves.
+pub const PEER_PORT: u16 = 8091;
+/// Most members in an initial list: more voters only slow every write down.
+pub const MEMBERS_MAX: usize = 9;
+
+/// A mistake in the configuration, as a sentence.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct ConfigError(pub String);
+
+fn wrong<T>(text: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError(text.into()))
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Flags of `mainstay server`; the same names (with `_`) in the file and as `MAINSTAY_*`.
+#[derive(Clone, Debug, Default, Args, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerArgs {
+    /// This member's name in the member list [default: the host name]
+    #[arg(long, env = "MAINSTAY_NAME")]
+    pub name: Option<String>,
+    /// Where this member keeps everything it owns
+    #[arg(long, env = "MAINSTAY_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// All members, the same list on each: NAME=http://HOST:PORT,... (their peer ports)
+    #[arg(long, env = "MAINSTAY_INITIAL_CLUSTER")]
+    pub initial_cluster: Option<String>,
+    /// Address of the REST API and the web page [default: 0.0.0.0:8090]
+    #[arg(long, env = "MAINSTAY_LISTEN")]
+    pub listen: Option<String>,
+    /// Address of the registry [default: 0.0.0.0:8089]
+    #[arg(long, env = "MAINSTAY_REGISTRY_LISTEN")]
+    pub registry_listen: Option<String>,
+    /// Address for the other members [default: 0.0.0.0 and the port in this member's list entry]
+    #[arg(long, env = "MAINSTAY_PEER_LISTEN")]
+    pub peer_listen: Option<String>,
+    /// Secret that all members of a cluster share
+    #[arg(long, env = "MAINSTAY_CLUSTER_TOKEN", hide_env_values = true)]
+    pub cluster_token: Option<String>,
+    /// File that holds the shared secret
+    #[arg(long, env = "MAINSTAY_CLUSTER_TOKEN_FILE")]
+    pub cluster_token_file: Option<PathBuf>,
+    /// Host that clients and nodes are told [default: the host of this member's list entry]
+    #[arg(long, env = "MAINSTAY_ADVERTISE_HOST")]
+    pub advertise_host: Option<String>,
+    /// Form of the log on standard error [default: text]
+    #[arg(long, value_enum, env = "MAINSTAY_LOG_FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// TOML file with any of these settings; flags and environment win
+    #[arg(long, env = "MAINSTAY_CONFIG")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+}
+
+/// One entry of the member list.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Entry {
+    /// Member name.
+    pub name: String,
+    /// `http://host:port` of its peer port.
+    pub url: String,
+}
+
+/// A checked configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This member.
+    pub name: String,
+    /// Its directory.
+    pub data_dir: PathBuf,
+    /// All members, in name order.
+    pub list: Vec<Entry>,
+    /// REST API.
+    pub listen: SocketAddr,
+    /// Registry.
+    pub registry_listen: SocketAddr,
+    /// Members among themselves.
+    pub peer_listen: SocketAddr,
+    /// Shared secret; may be empty.
+    pub token: String,
+    /// Host that others are told.
+    pub advertise_host: String,
+    /// Log lines.
+    pub log_format: LogFormat,
+}
+
+impl ServerArgs {
+    /// Fill in what only the `--config` file says, and check everything.
+    pub fn resolve(self) -> Result<Config, ConfigError> {
+        let args = match self.config.clone() {
+            None => self,
+            Some(path) => self.over(read_file(&path)?),
+        };
+        let name = match args.name.clone() {
+            Some(name) => name,
+            None => host_name()?,
+        };
+        check_name(&name)?;
+        let list = match &args.initial_cluster {
+            Some(text) => parse_list(text)?,
+            None => alone(&name, args.peer_listen.as_deref())?,
+        };
+        let Some(own) = list.iter().find(|entry| entry.name == name) else {
+            let names: Vec<_> = list.iter().map(|entry| entry.name.as_str()).collect();
+            return wrong(format!(
+                "--initial-cluster names {} but not this member, \"{name}\": add {name}=http://HOST:{PEER_PORT} to the list on every member, or give the right --name",
+                names.join(", ")
+            ));
+        };
+        let (host, port) = split_url(&own.url)?;
+        let Some(data_dir) = args.data_dir.clone() else {
+            return wrong("--data-dir is missing: name a directory that this member owns, e.g. --data-dir /var/lib/mainstay");
+        };
+        Ok(Config {
+            listen: address("--listen", args.listen.as_deref(), API_PORT)?,
+            registry_listen: address(
+                "--registry-listen",
+                args.registry_listen.as_deref(),
+                REGISTRY_PORT,
+            )?,
+            peer_listen: address("--peer-listen", args.peer_listen.as_deref(), port)?,
+            token: args.token()?,
+            advertise_host: args.advertise_host.clone().unwrap_or(host),
+            log_format: args.log_format.unwrap_or_default(),
+            name,
+            data_dir,
+            list,
+        })
+    }
+
+    fn over(self, file: Self) -> Self {
+        // A token on the command line must not meet a token file from the file.
+        let own_token = self.cluster_token.is_some() || self.cluster_token_file.is_some();
+        let (token, token_file) = if own_token {
+            (self.cluster_token, self.cluster_token_file)
+        } else {
+            (file.cluster_token, file.cluster_token_file)
+        };
+        Self {
+            name: self.name.or(file.name),
+            data_dir: self.data_dir.or(file.data_dir),
+            initial_cluster: self.initial_cluster.or(file.initial_cluster),
+            listen: self.listen.or(file.listen),
+            registry_listen: self.registry_listen.or(file.registry_listen),
+            peer_listen: self.peer_listen.or(file.peer_listen),
+            cluster_token: token,
+            cluster_token_file: token_file,
+            advertise_host: self.advertise_host.or(file.advertise_host),
+            log_format: self.log_format.or(file.log_format),
+            config: None,
+        }
+    }
+
+    fn token(&self) -> Result<String, ConfigError> {
+        match (&self.cluster_token, &self.cluster_token_file) {
+            (Some(_), Some(_)) => {
+                wrong("give --cluster-token or --cluster-token-file, not both")
+            }
+            (Some(token), None) => Ok(token.clone()),
+            (None, Some(path)) => match std::fs::read_to_string(path) {
+                Ok(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
+                Ok(_) => wrong(format!("--cluster-token-file {} is empty", path.display())),
+                Err(e) => {
+                    wrong(format!("cannot read --cluster-token-file {}: {e}", path.display()))
+                }
+            },
+            (None, None) => Ok(String::new()),
+        }
+    }
+}
+
+impl Config {
+    /// This member's own entry.
+    pub fn own(&self) -> &Entry {
+        self.list
+            .iter()
+            .find(|entry| entry.name == self.name)
+            .expect("checked when the configuration was made")
+    }
+
+    /// What others are told of this member, given the ports it really listens on.
+    pub fn member(&self, api: u16, registry: u16) -> Member {
+        let host = &self.advertise_host;
+        Member {
+            name: self.name.clone(),
+            peer_url: self.own().url.clone(),
+            api_url: format!("http://{host}:{api}"),
+            registry_url: format!("http://{host}:{registry}"),
+        }
+    }
+}
+
+fn read_file(path: &Path) -> Result<ServerArgs, ConfigError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| ConfigError(format!("cannot read --config {}: {e}", path.display())))?;
+    toml::from_str(&text)
+        .map_err(|e| ConfigError(format!("--config {}: {}", path.display(), e.message())))
+}
+
+fn host_name() -> Result<String, ConfigError> {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    match name.split('.').next() {
+        Some(short) if !short.is_empty() => Ok(short.to_owned()),
+        _ => wrong("this machine has no host name: give --name"),
+    }
+}
+
+fn check_name(name: &str) -> Result<(), ConfigError> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > 63 || !name.chars().all(good) {
+        return wrong(format!(
+            "\"{name}\" cannot be a member's name: use 1 to 63 letters, digits, '-', '_' and '.'"
+        ));
+    }
+    Ok(())
+}
+
+/// A list of one, for a member that is given none.
+fn alone(name: &str, peer_listen: Option<&str>) -> Result<Vec<Entry>, ConfigError> {
+    let at = address("--peer-listen", peer_listen, PEER_PORT)?;
+    let host = if at.ip().is_unspecified() { "127.0.0.1".to_owned() } else { at.ip().to_string() };
+    let url = if host.contains(':') {
+        format!("http://[{host}]:{}", at.port())
+    } else {
+        format!("http://{host}:{}", at.port())
+    };
+    Ok(vec![Entry { name: name.to_owned(), url }])
+}
+
+/// Parse `NAME=URL,NAME=URL,...`.
+pub fn parse_list(text: &str) -> Result<Vec<Entry>, ConfigError> {
+    let mut list = Vec::new();
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let Some((name, url)) = part.split_once('=') else {
+            return wrong(format!(
+                "--initial-cluster: \"{part}\" is not NAME=http://HOST:PORT, e.g. c1=http://10.0.1.4:{PEER_PORT}"
+            ));
+        };
+        check_name(name.trim())?;
+        let (host, port) = split_url(url.trim())?;
+        list.push(Entry { name: name.trim().to_owned(), url: format!("http://{host}:{port}") });
+    }
+    list.sort();
+    let names: BTreeSet<_> = list.iter().map(|entry| &entry.name).collect();
+    let urls: BTreeSet<_> = list.iter().map(|entry| &entry.url).collect();
+    if list.is_empty() {
+        return wrong("--initial-cluster is empty: list every member as NAME=http://HOST:PORT,...");
+    }
+    if names.len() != list.len() || urls.len() != list.len() {
+        return wrong("--initial-cluster names a member or an address twice: each member has a name and an address of its own");
+    }
+    if list.len() > MEMBERS_MAX {
+        return wrong(format!(
+            "--initial-cluster has {} members; at most {MEMBERS_MAX} are allowed, three or five are usual",
+            list.len()
+        ));
+    }
+    Ok(list)
+}
+
+/// Host and port of `http://host[:port][/]`. IPv6 hosts keep their brackets.
+pub fn split_url(url: &str) -> Result<(String, u16), ConfigError> {
+    let bad = || {
+        ConfigError(format!(
+            "\"{url}\" is not a peer address: write http://HOST:PORT, e.g. http://10.0.1.4:{PEER_PORT}"
+        ))
+    };
+    let uri: http::Uri = url.parse().map_err(|_| bad())?;
+    let plain = uri.scheme_str() == Some("http") && matches!(uri.path(), "" | "/");
+    match uri.host() {
+        Some(host) if plain && uri.query().is_none() && !host.is_empty() => {
+            Ok((host.to_owned(), uri.port_u16().unwrap_or(PEER_PORT)))
+        }
+        _ => Err(bad()),
+    }
+}
+
+fn address(flag: &str, text: Option<&str>, port: u16) -> Result<SocketAddr, ConfigError> {
+    let Some(text) = text else {
+        return Ok(SocketAddr::from(([0, 0, 0, 0], port)));
+    };
+    let full = match text.strip_prefix(':') {
+        Some(port) => format!("0.0.0.0:{port}"),
+        None if text.contains(':') => text.replace("localhost:", "127.0.0.1:"),
+        None => format!("{text}:{port}"),
+    };
+    full.parse().map_err(|_| {
+        ConfigError(format!(
+            "{flag} \"{text}\" is not an address to listen on: write IP:PORT, e.g. 0.0.0.0:{port}"
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(list: &str) -> ServerArgs {
+        ServerArgs {
+            name: Some("c1".to_owned()),
+            data_dir: Some("/d".into()),
+            initial_cluster: Some(list.to_owned()),
+            ..ServerArgs::default()
+        }
+    }
+
+    #[test]
+    fn addresses_come_from_the_own_entry() {
+        let config = args("c2=http://10.0.0.2:9000,c1=http://10.0.0.1:9001/").resolve().unwrap();
+        assert_eq!(config.peer_listen.to_string(), "0.0.0.0:9001");
+        assert_eq!(config.list[0], Entry { name: "c1".into(), url: "http://10.0.0.1:9001".into() });
+        let member = config.member(8090, 8089);
+        assert_eq!(member.api_url, "http://10.0.0.1:8090");
+        assert_eq!(member.registry_url, "http://10.0.0.1:8089");
+        let mut other = args("c1=http://10.0.0.1");
+        other.advertise_host = Some("cloud.example".into());
+        let config = other.resolve().unwrap();
+        assert_eq!(config.own().url, "http://10.0.0.1:8091");
+        assert_eq!(config.member(1, 2).api_url, "http://cloud.example:1");
+    }
+
+    #[test]
+    fn a_member_without_a_list_is_alone() {
+        let mut one = args("");
+        one.initial_cluster = None;
+        one.peer_listen = Some("127.0.0.1:7000".into());
+        let config = one.resolve().unwrap();
+        assert_eq!(config.list, vec![Entry { name: "c1".into(), url: "http://127.0.0.1:7000".into() }]);
+    }
+
+    #[test]
+    fn mistakes_are_sentences() {
+        let text = |list: &str| args(list).resolve().unwrap_err().0;
+        assert!(text("c2=http://h:1").contains("not this member, \"c1\""));
+        assert!(text("c1").contains("NAME=http://HOST:PORT"));
+        assert!(text("c1=https://h:1").contains("http://HOST:PORT"));
+        assert!(text("c1=http://h:1,c1=http://h:2").contains("twice"));
+        assert!(text("c1=http://h:1,c2=http://h:1").contains("twice"));
+        assert!(text(",").contains("empty"));
+        assert!(text("c 1=http://h:1").contains("letters"));
+        let mut bad = args("c1=http://h:1");
+        bad.listen = Some("nowhere:x".into());
+        assert!(bad.resolve().unwrap_err().0.contains("--listen"));
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.toml");
+        std::fs::write(
+            &path,
+            "name = \"c9\"\ndata_dir = \"/x\"\nlisten = \"127.0.0.1:1\"\ncluster_token = \"t\"\n",
+        )
+        .unwrap();
+        let mut from_file = args("c1=http://h:1");
+        from_file.config = Some(path.clone());
+        let config = from_file.clone().resolve().unwrap();
+        assert_eq!((config.name.as_str(), config.token.as_str()), ("c1", "t"));
+        assert_eq!(config.listen.port(), 1);
+        std::fs::write(&path, "lissten = 1\n").unwrap();
+        assert!(from_file.resolve().unwrap_err().0.contains("lissten"));
+    }
+}

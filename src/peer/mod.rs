@@ -1,0 +1,94 @@
+//! The peer port: what members say to each other. Authentication first, then founding and joining
+//! (JSON), the Raft stream (an HTTP upgrade) and, mounted by the composition, chunk transfer.
+//!
+//! ```text
+//! POST /peer/v1/hello      Hello -> HelloReply            token
+//! POST /peer/v1/founding   FoundingCall -> FoundingReply  token
+//! POST /peer/v1/join       Hello -> JoinReply             token, same cluster
+//! GET  /peer/v1/raft       Upgrade: mainstay-raft         token, same cluster
+//! *    (transfer routes)                                  token, same cluster
+//! ```
+
+pub mod admission;
+pub mod auth;
+pub mod client;
+pub mod dial;
+pub mod members;
+mod routes;
+pub mod wire;
+
+pub use client::{PeerError, PeerClient};
+pub use dial::PeerDialer;
+pub use members::MemberHttp;
+pub use routes::router;
+
+use crate::config::Config;
+use crate::founding::{Founder, Ledger};
+use mainstay_raft::{Group, Member};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use tokio::sync::Notify;
+use wire::Hello;
+
+/// What the peer port and the founding share.
+pub struct PeerPort {
+    /// This member's configuration.
+    pub config: Config,
+    /// What others are told of it.
+    pub member: Member,
+    /// Its durable identity.
+    pub ledger: Arc<Ledger>,
+    /// Calls to others while founding.
+    pub http: PeerClient,
+    /// This member's part in the group, once it has one.
+    pub group: OnceLock<Group>,
+    /// Woken when something was learnt from a peer's call.
+    pub learnt: Notify,
+    /// What stands in this member's way, for its operator.
+    pub notices: Notices,
+}
+
+impl PeerPort {
+    /// This member as a founder.
+    pub fn founder(&self) -> Founder {
+        Founder { id: self.ledger.member_id(), member: self.member.clone() }
+    }
+
+    /// This member's greeting.
+    pub fn hello(&self) -> Hello {
+        Hello {
+            member_id: self.ledger.member_id(),
+            member: self.member.clone(),
+            cluster_id: self.ledger.cluster_id(),
+            joined: self.ledger.joined(),
+            list: self.config.list.clone(),
+        }
+    }
+}
+
+/// Sentences for the operator, one per subject: logged when they change, shown on `/readyz`.
+#[derive(Debug, Default)]
+pub struct Notices(Mutex<BTreeMap<String, String>>);
+
+impl Notices {
+    /// Say this about `subject` (once), or that there is nothing left to say.
+    pub fn set(&self, subject: &str, sentence: Option<String>) {
+        let mut all = self.0.lock();
+        match sentence {
+            None => {
+                all.remove(subject);
+            }
+            Some(text) if all.get(subject) == Some(&text) => {}
+            Some(text) => {
+                tracing::warn!(%subject, "{text}");
+                all.insert(subject.to_owned(), text);
+            }
+        }
+    }
+
+    /// Everything that is said at the moment.
+    pub fn all(&self) -> Vec<String> {
+        self.0.lock().values().cloned().collect()
+    }
+}

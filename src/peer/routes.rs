@@ -1,0 +1,180 @@
+//! Handlers of the peer port: thin; what they decide is in `founding` and `admission`.
+
+use super::auth::{self, refuse};
+use super::wire::{FoundingCall, FoundingReply, Hello, HelloReply, JoinReply};
+use super::{PeerPort, admission, dial};
+use crate::founding::LedgerError;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router, middleware};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use hyper_util::server::conn::auto::upgrade::downcast;
+use mainstay_raft::{Group, GroupError, PeerStream, Role};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+
+/// Largest JSON body: a member list is a few hundred bytes.
+const BODY_MAX: usize = 256 << 10;
+/// Longest wait for the newest membership before a join is judged.
+const BARRIER_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The peer port's routes. `transfer` are those of the chunk transfer, empty while founding.
+pub fn router(port: &Arc<PeerPort>, transfer: Router) -> Router {
+    let members: Router = Router::new()
+        .route("/peer/v1/join", post(join))
+        .route(dial::RAFT_PATH, get(raft))
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .with_state(Arc::clone(port))
+        .merge(transfer)
+        .layer(middleware::from_fn_with_state(Arc::clone(port), auth::same_cluster));
+    Router::new()
+        .route("/peer/v1/hello", post(hello))
+        .route("/peer/v1/founding", post(founding))
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .with_state(Arc::clone(port))
+        .merge(members)
+        .layer(middleware::from_fn_with_state(Arc::clone(port), auth::token))
+}
+
+fn judge(port: &PeerPort, hello: &Hello) -> Option<String> {
+    let members = port.group.get().map(|group| group.status().members).unwrap_or_default();
+    let (cluster_id, charter) = (port.ledger.cluster_id(), port.ledger.charter());
+    let known = admission::Known {
+        name: &port.config.name,
+        id: port.ledger.member_id(),
+        list: &port.config.list,
+        cluster_id: cluster_id.as_deref(),
+        charter: charter.as_ref(),
+        members: &members,
+    };
+    admission::refusal(&known, hello)
+}
+
+async fn hello(State(port): State<Arc<PeerPort>>, Json(hello): Json<Hello>) -> Json<HelloReply> {
+    let refusal = judge(&port, &hello);
+    if refusal.is_none() {
+        port.learnt.notify_one();
+    }
+    Json(HelloReply {
+        name: port.config.name.clone(),
+        member_id: port.ledger.member_id(),
+        cluster_id: port.ledger.cluster_id(),
+        charter: port.ledger.charter(),
+        refusal,
+    })
+}
+
+async fn founding(State(port): State<Arc<PeerPort>>, Json(call): Json<FoundingCall>) -> Response {
+    if call.list != port.config.list {
+        // The greeting, which comes first, has told the operator.
+        return refuse(StatusCode::CONFLICT, "the initial lists differ");
+    }
+    let shared = Arc::clone(&port);
+    let handled = tokio::task::spawn_blocking(move || shared.ledger.handle(call.request)).await;
+    let failed: String = match handled {
+        Ok(Ok(reply)) => {
+            port.learnt.notify_one();
+            return Json(FoundingReply { voter: port.founder(), reply }).into_response();
+        }
+        Ok(Err(e)) => LedgerError::to_string(&e),
+        Err(e) => e.to_string(),
+    };
+    tracing::error!("{failed}");
+    refuse(StatusCode::INTERNAL_SERVER_ERROR, failed)
+}
+
+async fn join(State(port): State<Arc<PeerPort>>, Json(hello): Json<Hello>) -> Response {
+    let Some(group) = port.group.get() else {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "the cluster is still being founded");
+    };
+    // Judged on the newest membership, not on what this member happens to know.
+    if let Err(e) = group.read_barrier(BARRIER_TIMEOUT).await {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, e.to_string());
+    }
+    if let Some(sentence) = judge(&port, &hello) {
+        return refuse(StatusCode::CONFLICT, sentence);
+    }
+    match admit(group, &hello).await {
+        Ok(reply) => Json(reply).into_response(),
+        Err(GroupError::Refused(text)) => refuse(StatusCode::CONFLICT, text),
+        Err(e) => refuse(StatusCode::SERVICE_UNAVAILABLE, e.to_string()),
+    }
+}
+
+/// One step towards being a voter with these addresses; the caller asks again until it is.
+async fn admit(group: &Group, hello: &Hello) -> Result<JoinReply, GroupError> {
+    let (id, member) = (hello.member_id, &hello.member);
+    let known = group.status().members.remove(&id);
+    if known.as_ref().is_none_or(|status| &status.member != member) {
+        tracing::info!(member = %member.name, id = %format_args!("{id:016x}"), "adding to the group");
+        group.add_learner(id, member.clone()).await?;
+    }
+    if known.is_some_and(|status| status.role == Role::Voter) {
+        return Ok(JoinReply::Voter);
+    }
+    match group.promote(id).await {
+        Ok(()) => {
+            tracing::info!(member = %member.name, "is a voter now");
+            Ok(JoinReply::Voter)
+        }
+        // Not caught up yet, or another change is under way.
+        Err(GroupError::Refused(why)) => {
+            tracing::debug!(member = %member.name, %why, "stays a learner");
+            Ok(JoinReply::Learner)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+async fn raft(State(port): State<Arc<PeerPort>>, mut request: Request) -> Response {
+    let ours = port.ledger.member_id();
+    let headers = request.headers();
+    if headers.get(header::UPGRADE).is_none_or(|value| value != dial::UPGRADE) {
+        return refuse(StatusCode::UPGRADE_REQUIRED, "this path takes the Raft stream only");
+    }
+    if auth::id(headers, auth::TO_HEADER) != Some(ours) {
+        let name = &port.config.name;
+        return refuse(
+            StatusCode::CONFLICT,
+            format!(
+                "member {name} is not the member that was meant: its data directory was wiped or replaced (`mainstay member replace {name}`), or its address in the list is another's"
+            ),
+        );
+    }
+    let Some(group) = port.group.get().cloned() else {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "the member is starting");
+    };
+    let from = auth::id(headers, auth::FROM_HEADER).unwrap_or(0);
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(upgraded) => {
+                tracing::debug!(from = %format_args!("{from:016x}"), "Raft stream opened");
+                group.serve(stream(upgraded)).await;
+            }
+            Err(e) => tracing::debug!(error = %e, "Raft stream was not opened"),
+        }
+    });
+    let upgrade = [
+        (header::CONNECTION, HeaderValue::from_static("upgrade")),
+        (header::UPGRADE, HeaderValue::from_static(dial::UPGRADE)),
+    ];
+    (StatusCode::SWITCHING_PROTOCOLS, upgrade).into_response()
+}
+
+/// The bare socket, behind whatever was read ahead of the upgrade.
+fn stream(upgraded: Upgraded) -> Box<dyn PeerStream> {
+    match downcast::<TokioIo<TcpStream>>(upgraded) {
+        Ok(parts) if parts.read_buf.is_empty() => Box::new(parts.io.into_inner()),
+        Ok(parts) => {
+            let (read, write) = parts.io.into_inner().into_split();
+            let ahead = std::io::Cursor::new(parts.read_buf);
+            Box::new(tokio::io::join(tokio::io::AsyncReadExt::chain(ahead, read), write))
+        }
+        Err(upgraded) => Box::new(TokioIo::new(upgraded)),
+    }
+}
