@@ -101,8 +101,9 @@ impl World {
                 self.proposers[to] = None;
             }
             Reply::Decided { charter } => {
-                self.decisions.insert(charter.cluster_id.clone(), charter);
-                assert_eq!(self.decisions.len(), 1);
+                // Learns it, and stands for the greetings by which everyone else will.
+                self.proposers[to] = None;
+                self.decided(to, charter);
             }
         }
     }
