@@ -134,7 +134,9 @@ impl ServerArgs {
         };
         let (host, port) = split_url(&own.url)?;
         let Some(data_dir) = args.data_dir.clone() else {
-            return wrong("--data-dir is missing: name a directory that this member owns, e.g. --data-dir /var/lib/mainstay");
+            return wrong(
+                "--data-dir is missing: name a directory that this member owns, e.g. --data-dir /var/lib/mainstay",
+            );
         };
         Ok(Config {
             listen: address("--listen", args.listen.as_deref(), API_PORT)?,
@@ -178,16 +180,15 @@ impl ServerArgs {
 
     fn token(&self) -> Result<String, ConfigError> {
         match (&self.cluster_token, &self.cluster_token_file) {
-            (Some(_), Some(_)) => {
-                wrong("give --cluster-token or --cluster-token-file, not both")
-            }
+            (Some(_), Some(_)) => wrong("give --cluster-token or --cluster-token-file, not both"),
             (Some(token), None) => Ok(token.clone()),
             (None, Some(path)) => match std::fs::read_to_string(path) {
                 Ok(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
                 Ok(_) => wrong(format!("--cluster-token-file {} is empty", path.display())),
-                Err(e) => {
-                    wrong(format!("cannot read --cluster-token-file {}: {e}", path.display()))
-                }
+                Err(e) => wrong(format!(
+                    "cannot read --cluster-token-file {}: {e}",
+                    path.display()
+                )),
             },
             (None, None) => Ok(String::new()),
         }
@@ -223,7 +224,10 @@ fn read_file(path: &Path) -> Result<ServerArgs, ConfigError> {
 }
 
 fn host_name() -> Result<String, ConfigError> {
-    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let name = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
     match name.split('.').next() {
         Some(short) if !short.is_empty() => Ok(short.to_owned()),
         _ => wrong("this machine has no host name: give --name"),
@@ -243,19 +247,30 @@ fn check_name(name: &str) -> Result<(), ConfigError> {
 /// A list of one, for a member that is given none.
 fn alone(name: &str, peer_listen: Option<&str>) -> Result<Vec<Entry>, ConfigError> {
     let at = address("--peer-listen", peer_listen, PEER_PORT)?;
-    let host = if at.ip().is_unspecified() { "127.0.0.1".to_owned() } else { at.ip().to_string() };
+    let host = if at.ip().is_unspecified() {
+        "127.0.0.1".to_owned()
+    } else {
+        at.ip().to_string()
+    };
     let url = if host.contains(':') {
         format!("http://[{host}]:{}", at.port())
     } else {
         format!("http://{host}:{}", at.port())
     };
-    Ok(vec![Entry { name: name.to_owned(), url }])
+    Ok(vec![Entry {
+        name: name.to_owned(),
+        url,
+    }])
 }
 
 /// Parse `NAME=URL,NAME=URL,...`.
 pub fn parse_list(text: &str) -> Result<Vec<Entry>, ConfigError> {
     let mut list = Vec::new();
-    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+    for part in text
+        .split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
         let Some((name, url)) = part.split_once('=') else {
             return wrong(format!(
                 "--initial-cluster: \"{part}\" is not NAME=http://HOST:PORT, e.g. c1=http://10.0.1.4:{PEER_PORT}"
@@ -263,7 +278,10 @@ pub fn parse_list(text: &str) -> Result<Vec<Entry>, ConfigError> {
         };
         check_name(name.trim())?;
         let (host, port) = split_url(url.trim())?;
-        list.push(Entry { name: name.trim().to_owned(), url: format!("http://{host}:{port}") });
+        list.push(Entry {
+            name: name.trim().to_owned(),
+            url: format!("http://{host}:{port}"),
+        });
     }
     list.sort();
     let names: BTreeSet<_> = list.iter().map(|entry| &entry.name).collect();
@@ -272,7 +290,9 @@ pub fn parse_list(text: &str) -> Result<Vec<Entry>, ConfigError> {
         return wrong("--initial-cluster is empty: list every member as NAME=http://HOST:PORT,...");
     }
     if names.len() != list.len() || urls.len() != list.len() {
-        return wrong("--initial-cluster names a member or an address twice: each member has a name and an address of its own");
+        return wrong(
+            "--initial-cluster names a member or an address twice: each member has a name and an address of its own",
+        );
     }
     if list.len() > MEMBERS_MAX {
         return wrong(format!(
@@ -331,9 +351,17 @@ mod tests {
 
     #[test]
     fn addresses_come_from_the_own_entry() {
-        let config = args("c2=http://10.0.0.2:9000,c1=http://10.0.0.1:9001/").resolve().unwrap();
+        let config = args("c2=http://10.0.0.2:9000,c1=http://10.0.0.1:9001/")
+            .resolve()
+            .unwrap();
         assert_eq!(config.peer_listen.to_string(), "0.0.0.0:9001");
-        assert_eq!(config.list[0], Entry { name: "c1".into(), url: "http://10.0.0.1:9001".into() });
+        assert_eq!(
+            config.list[0],
+            Entry {
+                name: "c1".into(),
+                url: "http://10.0.0.1:9001".into()
+            }
+        );
         let member = config.member(8090, 8089);
         assert_eq!(member.api_url, "http://10.0.0.1:8090");
         assert_eq!(member.registry_url, "http://10.0.0.1:8089");
@@ -350,7 +378,13 @@ mod tests {
         one.initial_cluster = None;
         one.peer_listen = Some("127.0.0.1:7000".into());
         let config = one.resolve().unwrap();
-        assert_eq!(config.list, vec![Entry { name: "c1".into(), url: "http://127.0.0.1:7000".into() }]);
+        assert_eq!(
+            config.list,
+            vec![Entry {
+                name: "c1".into(),
+                url: "http://127.0.0.1:7000".into()
+            }]
+        );
     }
 
     #[test]

@@ -28,9 +28,15 @@ impl mainstay_raft::Machine for ModelMachine {
             .collect::<Result<Vec<_>, _>>()
             .map_err(|e| Fault(format!("cannot decode a committed command: {e}")))?;
         let mut state = self.state.write();
-        let outcomes: Vec<_> = envelopes.iter().map(|envelope| state.apply(envelope)).collect();
+        let outcomes: Vec<_> = envelopes
+            .iter()
+            .map(|envelope| state.apply(envelope))
+            .collect();
         drop(state);
-        Ok(outcomes.iter().map(|outcome| Bytes::from(codec::encode_outcome(outcome))).collect())
+        Ok(outcomes
+            .iter()
+            .map(|outcome| Bytes::from(codec::encode_outcome(outcome)))
+            .collect())
     }
 
     fn take_changes(&self) -> Vec<Change> {

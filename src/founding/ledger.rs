@@ -23,7 +23,11 @@ const VERSION: u32 = 1;
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { version: VERSION, acceptor: Acceptor::default(), joined: false }
+        Self {
+            version: VERSION,
+            acceptor: Acceptor::default(),
+            joined: false,
+        }
     }
 }
 
@@ -55,9 +59,15 @@ impl Ledger {
                 .map_err(|e| LedgerError::Unreadable(e.to_string()))?,
         };
         if memory.version != VERSION {
-            return Err(LedgerError::Unreadable(format!("version {}", memory.version)));
+            return Err(LedgerError::Unreadable(format!(
+                "version {}",
+                memory.version
+            )));
         }
-        Ok(Self { dir, inner: Mutex::new((identity, memory)) })
+        Ok(Self {
+            dir,
+            inner: Mutex::new((identity, memory)),
+        })
     }
 
     /// This member's id.
@@ -103,7 +113,9 @@ impl Ledger {
     /// This member is part of that cluster (it joins an existing one). The first word counts.
     pub fn join(&self, cluster_id: &str) -> Result<(), LedgerError> {
         self.change(|identity, _| {
-            identity.cluster_id.get_or_insert_with(|| cluster_id.to_owned());
+            identity
+                .cluster_id
+                .get_or_insert_with(|| cluster_id.to_owned());
         })
     }
 
@@ -120,8 +132,8 @@ impl Ledger {
         let (mut identity, mut memory) = inner.clone();
         let answer = act(&mut identity, &mut memory);
         if identity != inner.0 || memory != inner.1 {
-            let bytes = serde_json::to_vec(&memory)
-                .map_err(|e| LedgerError::Unreadable(e.to_string()))?;
+            let bytes =
+                serde_json::to_vec(&memory).map_err(|e| LedgerError::Unreadable(e.to_string()))?;
             identity.founding = Some(bytes);
             self.dir.save(&identity)?;
             *inner = (identity, memory);
@@ -149,23 +161,46 @@ mod tests {
     }
 
     fn charter(id: u64) -> Charter {
-        let member = Member { name: "c1".to_owned(), ..Member::default() };
-        Charter { cluster_id: "x".to_owned(), founders: vec![Founder { id, member }] }
+        let member = Member {
+            name: "c1".to_owned(),
+            ..Member::default()
+        };
+        Charter {
+            cluster_id: "x".to_owned(),
+            founders: vec![Founder { id, member }],
+        }
     }
 
     #[test]
     fn what_was_answered_survives_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("d");
-        let ballot = Ballot { round: 3, proposer: 9 };
+        let ballot = Ballot {
+            round: 3,
+            proposer: 9,
+        };
         assert!(matches!(
-            open(&root).handle(Request::Accept { ballot, charter: charter(7) }).unwrap(),
+            open(&root)
+                .handle(Request::Accept {
+                    ballot,
+                    charter: charter(7)
+                })
+                .unwrap(),
             Reply::Accepted { .. }
         ));
-        let low = Ballot { round: 2, proposer: 9 };
-        let reply = open(&root).handle(Request::Prepare { ballot: low }).unwrap();
+        let low = Ballot {
+            round: 2,
+            proposer: 9,
+        };
+        let reply = open(&root)
+            .handle(Request::Prepare { ballot: low })
+            .unwrap();
         assert_eq!(reply, Reply::Outbid { promised: ballot });
-        open(&root).handle(Request::Decide { charter: charter(7) }).unwrap();
+        open(&root)
+            .handle(Request::Decide {
+                charter: charter(7),
+            })
+            .unwrap();
         let ledger = open(&root);
         assert_eq!(ledger.cluster_id().as_deref(), Some("x"));
         assert!(!ledger.joined());
@@ -178,7 +213,11 @@ mod tests {
     fn a_decision_without_us_makes_us_no_member() {
         let dir = tempfile::tempdir().unwrap();
         let ledger = open(&dir.path().join("d"));
-        ledger.handle(Request::Decide { charter: charter(8) }).unwrap();
+        ledger
+            .handle(Request::Decide {
+                charter: charter(8),
+            })
+            .unwrap();
         assert_eq!(ledger.cluster_id(), None);
         ledger.join("x").unwrap();
         ledger.join("y").unwrap();
@@ -188,7 +227,10 @@ mod tests {
     /// The bytes on disk of this release: a later one must still read them.
     #[test]
     fn golden_memory() {
-        let memory = Memory { joined: true, ..Memory::default() };
+        let memory = Memory {
+            joined: true,
+            ..Memory::default()
+        };
         let text = r#"{"version":1,"acceptor":{"promised":{"round":0,"proposer":0},"accepted":null,"decided":null},"joined":true}"#;
         assert_eq!(serde_json::to_string(&memory).unwrap(), text);
         assert_eq!(serde_json::from_str::<Memory>(text).unwrap(), memory);

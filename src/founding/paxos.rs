@@ -113,21 +113,26 @@ impl Acceptor {
     /// Handle a request; compare with the state before to see whether it must be saved.
     pub fn handle(&mut self, request: Request) -> Reply {
         if let Some(charter) = &self.decided {
-            return Reply::Decided { charter: charter.clone() };
+            return Reply::Decided {
+                charter: charter.clone(),
+            };
         }
         match request {
             Request::Prepare { ballot } if ballot >= self.promised => {
                 self.promised = ballot;
-                Reply::Promise { ballot, accepted: self.accepted.clone() }
+                Reply::Promise {
+                    ballot,
+                    accepted: self.accepted.clone(),
+                }
             }
             Request::Accept { ballot, charter } if ballot >= self.promised => {
                 self.promised = ballot;
                 self.accepted = Some((ballot, charter));
                 Reply::Accepted { ballot }
             }
-            Request::Prepare { .. } | Request::Accept { .. } => {
-                Reply::Outbid { promised: self.promised }
-            }
+            Request::Prepare { .. } | Request::Accept { .. } => Reply::Outbid {
+                promised: self.promised,
+            },
             Request::Decide { charter } => {
                 self.decided = Some(charter.clone());
                 Reply::Decided { charter }
@@ -175,7 +180,9 @@ impl Proposer {
         accepted: Option<(Ballot, Charter)>,
     ) {
         if ballot == self.ballot && self.voters.contains(&voter.member.name) {
-            self.promises.entry(voter.member.name.clone()).or_insert((voter, accepted));
+            self.promises
+                .entry(voter.member.name.clone())
+                .or_insert((voter, accepted));
         }
     }
 
@@ -193,7 +200,11 @@ impl Proposer {
                 Some((_, charter)) => charter.clone(),
                 None => Charter {
                     cluster_id: fresh_cluster_id.to_owned(),
-                    founders: self.promises.values().map(|(voter, _)| voter.clone()).collect(),
+                    founders: self
+                        .promises
+                        .values()
+                        .map(|(voter, _)| voter.clone())
+                        .collect(),
                 },
             });
         }
@@ -204,12 +215,18 @@ impl Proposer {
     /// another identity than when it promised was wiped in between: its acceptance does not count.
     pub fn accepted(&mut self, ballot: Ballot, voter: &Founder) -> Option<Charter> {
         let name = &voter.member.name;
-        let changed =
-            self.promises.get(name).is_some_and(|(promised, _)| promised.id != voter.id);
+        let changed = self
+            .promises
+            .get(name)
+            .is_some_and(|(promised, _)| promised.id != voter.id);
         if ballot == self.ballot && self.voters.contains(name) && !changed {
             self.accepts.insert(name.clone());
         }
-        if self.accepts.len() >= self.majority() { self.charter.clone() } else { None }
+        if self.accepts.len() >= self.majority() {
+            self.charter.clone()
+        } else {
+            None
+        }
     }
 }
 

@@ -20,8 +20,16 @@ impl Rng {
 
 #[derive(Clone)]
 enum Wire {
-    Ask { from: usize, to: usize, request: Request },
-    Answer { from: usize, to: usize, reply: Reply },
+    Ask {
+        from: usize,
+        to: usize,
+        request: Request,
+    },
+    Answer {
+        from: usize,
+        to: usize,
+        reply: Reply,
+    },
 }
 
 struct World {
@@ -37,8 +45,14 @@ fn name(i: usize) -> String {
     format!("c{i}")
 }
 fn founder(i: usize) -> Founder {
-    let member = Member { name: name(i), ..Member::default() };
-    Founder { id: u64::try_from(i).unwrap() + 1, member }
+    let member = Member {
+        name: name(i),
+        ..Member::default()
+    };
+    Founder {
+        id: u64::try_from(i).unwrap() + 1,
+        member,
+    }
 }
 
 impl World {
@@ -54,32 +68,54 @@ impl World {
     }
     fn broadcast(&mut self, from: usize, request: &Request) {
         for to in 0..self.acceptors.len() {
-            self.wires.push(Wire::Ask { from, to, request: request.clone() });
+            self.wires.push(Wire::Ask {
+                from,
+                to,
+                request: request.clone(),
+            });
         }
     }
     fn start(&mut self, i: usize) {
         self.rounds[i] = self.rounds[i].max(self.acceptors[i].promised.round) + 1;
-        let ballot = Ballot { round: self.rounds[i], proposer: founder(i).id };
+        let ballot = Ballot {
+            round: self.rounds[i],
+            proposer: founder(i).id,
+        };
         self.proposers[i] = Some(Proposer::new(ballot, (0..self.acceptors.len()).map(name)));
         self.broadcast(i, &Request::Prepare { ballot });
     }
     fn decided(&mut self, by: usize, charter: Charter) {
-        self.decisions.insert(charter.cluster_id.clone(), charter.clone());
-        assert_eq!(self.decisions.len(), 1, "two decisions: {:?}", self.decisions);
-        assert!(charter.founders.len() > self.acceptors.len() / 2, "founded by a minority");
+        self.decisions
+            .insert(charter.cluster_id.clone(), charter.clone());
+        assert_eq!(
+            self.decisions.len(),
+            1,
+            "two decisions: {:?}",
+            self.decisions
+        );
+        assert!(
+            charter.founders.len() > self.acceptors.len() / 2,
+            "founded by a minority"
+        );
         self.broadcast(by, &Request::Decide { charter });
     }
     fn deliver(&mut self, wire: Wire) {
         match wire {
             Wire::Ask { from, to, request } => {
                 let reply = self.acceptors[to].handle(request);
-                self.wires.push(Wire::Answer { from: to, to: from, reply });
+                self.wires.push(Wire::Answer {
+                    from: to,
+                    to: from,
+                    reply,
+                });
             }
             Wire::Answer { from, to, reply } => self.answer(from, to, reply),
         }
     }
     fn answer(&mut self, from: usize, to: usize, reply: Reply) {
-        let Some(proposer) = self.proposers[to].as_mut() else { return };
+        let Some(proposer) = self.proposers[to].as_mut() else {
+            return;
+        };
         match reply {
             Reply::Promise { ballot, accepted } => {
                 let before = proposer.charter.is_some();
@@ -158,7 +194,10 @@ fn never_two_decisions_and_one_after_healing() {
         assert_eq!(world.decisions.len(), 1, "seed {seed}");
     }
     // A run that decided nothing under faults would have tested nothing.
-    assert!(decided_under_faults > 500, "only {decided_under_faults} runs decided under faults");
+    assert!(
+        decided_under_faults > 500,
+        "only {decided_under_faults} runs decided under faults"
+    );
 }
 
 /// The checker above must be able to fail: an acceptor that forgets at a restart breaks agreement.
@@ -184,13 +223,19 @@ fn amnesia_is_caught() {
 
 #[test]
 fn a_wiped_voter_does_not_count_twice() {
-    let ballot = Ballot { round: 1, proposer: 1 };
+    let ballot = Ballot {
+        round: 1,
+        proposer: 1,
+    };
     let mut proposer = Proposer::new(ballot, (0..3).map(name));
     proposer.promised(ballot, founder(0), None);
     proposer.promised(ballot, founder(1), None);
     assert!(proposer.charter("x").is_some());
     assert_eq!(proposer.accepted(ballot, &founder(0)), None);
-    let wiped = Founder { id: 99, ..founder(1) };
+    let wiped = Founder {
+        id: 99,
+        ..founder(1)
+    };
     assert_eq!(proposer.accepted(ballot, &wiped), None);
     assert!(proposer.accepted(ballot, &founder(2)).is_some());
 }

@@ -6,7 +6,7 @@ use crate::config::Entry;
 use crate::founding::paxos::Proposer;
 use crate::peer::client::{ASK_TIMEOUT, JOIN_TIMEOUT};
 use crate::peer::wire::{FoundingCall, FoundingReply, HelloReply, JoinReply};
-use crate::peer::{PeerError, PeerClient, PeerPort};
+use crate::peer::{PeerClient, PeerError, PeerPort};
 use futures::future::join_all;
 use mainstay_raft::{Group, Role, Status};
 use std::sync::Arc;
@@ -44,7 +44,9 @@ pub async fn found(port: &Arc<PeerPort>) -> Result<String, LedgerError> {
         if let Some(charter) = seen.charter {
             tracing::info!(cluster = %charter.cluster_id, "learnt how the cluster was founded");
             on_ledger(port, move |port| {
-                port.ledger.handle(Request::Decide { charter: charter.clone() })?;
+                port.ledger.handle(Request::Decide {
+                    charter: charter.clone(),
+                })?;
                 port.ledger.join(&charter.cluster_id)
             })
             .await?;
@@ -59,7 +61,11 @@ pub async fn found(port: &Arc<PeerPort>) -> Result<String, LedgerError> {
             port.notices.set("founding", None);
         } else if 1 + seen.fresh.len() > port.config.list.len() / 2 {
             port.notices.set("founding", None);
-            let own = port.config.list.iter().position(|e| e.name == port.config.name);
+            let own = port
+                .config
+                .list
+                .iter()
+                .position(|e| e.name == port.config.name);
             let before = seen.fresh.iter().filter(|at| Some(**at) < own).count();
             let before = u32::try_from(before).unwrap_or(u32::MAX);
             if rounds_with_majority >= before.saturating_mul(PATIENCE) {
@@ -91,7 +97,9 @@ async fn pause(port: &PeerPort) {
     // Spread, so that members that started together do not stay in step.
     let jitter = u64::from(uuid::Uuid::new_v4().as_bytes()[0]);
     let pause = ROUND_PAUSE + Duration::from_millis(jitter);
-    tokio::time::timeout(pause, port.learnt.notified()).await.ok();
+    tokio::time::timeout(pause, port.learnt.notified())
+        .await
+        .ok();
 }
 
 async fn on_ledger<T: Send + 'static>(
@@ -105,7 +113,11 @@ async fn on_ledger<T: Send + 'static>(
 }
 
 fn others(port: &PeerPort) -> impl Iterator<Item = (usize, &Entry)> {
-    port.config.list.iter().enumerate().filter(|(_, entry)| entry.name != port.config.name)
+    port.config
+        .list
+        .iter()
+        .enumerate()
+        .filter(|(_, entry)| entry.name != port.config.name)
 }
 
 /// Greet every other member of the list; what stands in the way becomes a notice.
@@ -113,8 +125,10 @@ async fn roll_call(port: &PeerPort) -> RollCall {
     let hello = port.hello();
     let hello = &hello;
     let calls = others(port).map(|(at, entry)| async move {
-        let asked =
-            port.http.ask::<HelloReply>(&entry.url, "/peer/v1/hello", hello, ASK_TIMEOUT).await;
+        let asked = port
+            .http
+            .ask::<HelloReply>(&entry.url, "/peer/v1/hello", hello, ASK_TIMEOUT)
+            .await;
         (at, entry, asked)
     });
     let mut seen = RollCall::default();
@@ -150,10 +164,14 @@ async fn roll_call(port: &PeerPort) -> RollCall {
 /// One attempt to get a charter decided.
 async fn propose(port: &Arc<PeerPort>) -> Result<(), LedgerError> {
     let founder = port.founder();
-    let ballot =
-        Ballot { round: port.ledger.promised().round + 1, proposer: founder.id };
-    let mut proposer =
-        Proposer::new(ballot, port.config.list.iter().map(|entry| entry.name.clone()));
+    let ballot = Ballot {
+        round: port.ledger.promised().round + 1,
+        proposer: founder.id,
+    };
+    let mut proposer = Proposer::new(
+        ballot,
+        port.config.list.iter().map(|entry| entry.name.clone()),
+    );
     for answer in ask_all(port, Request::Prepare { ballot }).await? {
         match answer.reply {
             Reply::Promise { ballot, accepted } => {
@@ -175,7 +193,11 @@ async fn propose(port: &Arc<PeerPort>) -> Result<(), LedgerError> {
         }
     }
     if let Some(charter) = decided {
-        let names: Vec<_> = charter.founders.iter().map(|f| f.member.name.as_str()).collect();
+        let names: Vec<_> = charter
+            .founders
+            .iter()
+            .map(|f| f.member.name.as_str())
+            .collect();
         tracing::info!(cluster = %charter.cluster_id, founders = ?names, "cluster founded");
         ask_all(port, Request::Decide { charter }).await?;
     }
@@ -186,12 +208,17 @@ async fn propose(port: &Arc<PeerPort>) -> Result<(), LedgerError> {
 async fn learn(port: &Arc<PeerPort>, reply: Reply) -> Result<(), LedgerError> {
     match reply {
         Reply::Decided { charter } => {
-            on_ledger(port, move |port| port.ledger.handle(Request::Decide { charter })).await?;
+            on_ledger(port, move |port| {
+                port.ledger.handle(Request::Decide { charter })
+            })
+            .await?;
         }
         Reply::Outbid { promised } => {
             // A promise to the rival's ballot: the next attempt is above it.
-            on_ledger(port, move |port| port.ledger.handle(Request::Prepare { ballot: promised }))
-                .await?;
+            on_ledger(port, move |port| {
+                port.ledger.handle(Request::Prepare { ballot: promised })
+            })
+            .await?;
         }
         Reply::Promise { .. } | Reply::Accepted { .. } => {}
     }
@@ -205,15 +232,23 @@ async fn ask_all(
 ) -> Result<Vec<FoundingReply>, LedgerError> {
     let own = request.clone();
     let reply = on_ledger(port, move |port| port.ledger.handle(own)).await?;
-    let mut answers = vec![FoundingReply { voter: port.founder(), reply }];
-    let call = FoundingCall { list: port.config.list.clone(), request };
+    let mut answers = vec![FoundingReply {
+        voter: port.founder(),
+        reply,
+    }];
+    let call = FoundingCall {
+        list: port.config.list.clone(),
+        request,
+    };
     let call = &call;
     let calls = others(port).map(|(_, entry)| async move {
         let asked = port
             .http
             .ask::<FoundingReply>(&entry.url, "/peer/v1/founding", call, ASK_TIMEOUT)
             .await;
-        asked.ok().filter(|answer| answer.voter.member.name == entry.name)
+        asked
+            .ok()
+            .filter(|answer| answer.voter.member.name == entry.name)
     });
     answers.extend(join_all(calls).await.into_iter().flatten());
     Ok(answers)
@@ -221,7 +256,11 @@ async fn ask_all(
 
 /// Keep this member a voter with the addresses it has now: initialise what it founded, join, be
 /// promoted; later, say what is wrong while there is no leader. Ends only with the ledger's failure.
-pub async fn stay(port: Arc<PeerPort>, group: Group, cluster_id: String) -> Result<(), LedgerError> {
+pub async fn stay(
+    port: Arc<PeerPort>,
+    group: Group,
+    cluster_id: String,
+) -> Result<(), LedgerError> {
     let http = port.http.for_cluster(&cluster_id);
     let mut next_peer = 0;
     loop {
@@ -261,14 +300,21 @@ fn settled(port: &PeerPort, status: &Status) -> bool {
 
 /// Found the group, if the charter names this member and it has not been part of it yet.
 async fn initialise(port: &PeerPort, group: &Group) {
-    let Some(charter) = port.ledger.charter() else { return };
+    let Some(charter) = port.ledger.charter() else {
+        return;
+    };
     let started = port.ledger.joined() || !group.status().members.is_empty();
     if started || !charter.names(port.ledger.member_id()) {
         return;
     }
-    let founders = charter.founders.into_iter().map(|f| (f.id, f.member)).collect();
+    let founders = charter
+        .founders
+        .into_iter()
+        .map(|f| (f.id, f.member))
+        .collect();
     if let Err(e) = group.initialize(founders).await {
-        port.notices.set("group", Some(format!("cannot start the group: {e}")));
+        port.notices
+            .set("group", Some(format!("cannot start the group: {e}")));
     }
 }
 
@@ -281,8 +327,9 @@ async fn ask_to_join(port: &PeerPort, http: &PeerClient, next: &mut usize) {
     }
     let (_, entry) = peers[*next % peers.len()];
     *next += 1;
-    let asked =
-        http.ask::<JoinReply>(&entry.url, "/peer/v1/join", &port.hello(), JOIN_TIMEOUT).await;
+    let asked = http
+        .ask::<JoinReply>(&entry.url, "/peer/v1/join", &port.hello(), JOIN_TIMEOUT)
+        .await;
     match asked {
         Ok(JoinReply::Voter | JoinReply::Learner) => port.notices.set(&entry.name, None),
         Err(PeerError::Refused(sentence)) => port.notices.set(&entry.name, Some(sentence)),

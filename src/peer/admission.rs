@@ -43,7 +43,9 @@ fn double(ours: &Known<'_>, hello: &Hello) -> Option<String> {
         ));
     }
     (name == ours.name).then(|| {
-        format!("another process already runs as member {name}: give each member a --name of its own")
+        format!(
+            "another process already runs as member {name}: give each member a --name of its own"
+        )
     })
 }
 
@@ -73,7 +75,10 @@ fn lists(ours: &Known<'_>, hello: &Hello) -> Option<String> {
 }
 
 fn show(list: &[Entry]) -> String {
-    let each: Vec<_> = list.iter().map(|e| format!("{}={}", e.name, e.url)).collect();
+    let each: Vec<_> = list
+        .iter()
+        .map(|e| format!("{}={}", e.name, e.url))
+        .collect();
     each.join(",")
 }
 
@@ -81,10 +86,17 @@ fn show(list: &[Entry]) -> String {
 fn wiped(ours: &Known<'_>, hello: &Hello) -> Option<String> {
     let name = &hello.member.name;
     let other = if ours.members.is_empty() {
-        let founders = ours.charter.map(|charter| charter.founders.as_slice()).unwrap_or_default();
-        founders.iter().any(|f| &f.member.name == name && f.id != hello.member_id)
+        let founders = ours
+            .charter
+            .map(|charter| charter.founders.as_slice())
+            .unwrap_or_default();
+        founders
+            .iter()
+            .any(|f| &f.member.name == name && f.id != hello.member_id)
     } else {
-        ours.members.iter().any(|(id, m)| &m.member.name == name && *id != hello.member_id)
+        ours.members
+            .iter()
+            .any(|(id, m)| &m.member.name == name && *id != hello.member_id)
     };
     other.then(|| {
         format!(
@@ -114,10 +126,19 @@ mod tests {
     use mainstay_raft::{Member, Role};
 
     fn member(name: &str) -> Member {
-        Member { name: name.to_owned(), ..Member::default() }
+        Member {
+            name: name.to_owned(),
+            ..Member::default()
+        }
     }
     fn list(names: &[&str]) -> Vec<Entry> {
-        names.iter().map(|n| Entry { name: (*n).to_owned(), url: format!("http://{n}:1") }).collect()
+        names
+            .iter()
+            .map(|n| Entry {
+                name: (*n).to_owned(),
+                url: format!("http://{n}:1"),
+            })
+            .collect()
     }
     fn hello(id: u64, name: &str) -> Hello {
         Hello {
@@ -129,14 +150,21 @@ mod tests {
         }
     }
     fn members() -> BTreeMap<u64, MemberStatus> {
-        let each = |name| MemberStatus { member: member(name), role: Role::Voter, matched: None };
+        let each = |name| MemberStatus {
+            member: member(name),
+            role: Role::Voter,
+            matched: None,
+        };
         BTreeMap::from([(1, each("c1")), (2, each("c2"))])
     }
     fn ask(hello: &Hello, members: &BTreeMap<u64, MemberStatus>) -> String {
         let ours = list(&["c1", "c2", "c3"]);
         let charter = Charter {
             cluster_id: "x".into(),
-            founders: vec![Founder { id: 2, member: member("c2") }],
+            founders: vec![Founder {
+                id: 2,
+                member: member("c2"),
+            }],
         };
         let known = Known {
             name: "c1",
@@ -158,13 +186,43 @@ mod tests {
         assert!(ask(&hello(9, "c2"), &none).contains("mainstay member replace c2"));
         assert!(ask(&hello(9, "c1"), &known).contains("--name"));
         assert!(ask(&hello(1, "c3"), &known).contains("copied"));
-        let other = Hello { list: list(&["c1", "c3"]), ..hello(3, "c3") };
+        let other = Hello {
+            list: list(&["c1", "c3"]),
+            ..hello(3, "c3")
+        };
         assert!(ask(&other, &known).contains("same list"));
         // Lists may change later: they bind those who found or join, nobody else.
-        let voter = Hello { joined: true, cluster_id: Some("x".into()), ..hello(2, "c2") };
-        assert_eq!(ask(&Hello { list: list(&["c2"]), ..voter.clone() }, &known), "");
-        assert!(ask(&Hello { member_id: 3, member: member("c3"), ..voter }, &known).contains("removed"));
-        let foreign = Hello { cluster_id: Some("y".into()), joined: true, ..hello(3, "c3") };
+        let voter = Hello {
+            joined: true,
+            cluster_id: Some("x".into()),
+            ..hello(2, "c2")
+        };
+        assert_eq!(
+            ask(
+                &Hello {
+                    list: list(&["c2"]),
+                    ..voter.clone()
+                },
+                &known
+            ),
+            ""
+        );
+        assert!(
+            ask(
+                &Hello {
+                    member_id: 3,
+                    member: member("c3"),
+                    ..voter
+                },
+                &known
+            )
+            .contains("removed")
+        );
+        let foreign = Hello {
+            cluster_id: Some("y".into()),
+            joined: true,
+            ..hello(3, "c3")
+        };
         assert!(ask(&foreign, &known).contains("data directory"));
     }
 }

@@ -53,12 +53,21 @@ pub fn headers(token: &str, cluster: &str, from: u64) -> HeaderMap {
 }
 
 fn text<'h>(headers: &'h HeaderMap, name: &str) -> &'h str {
-    headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("")
+    headers
+        .get(name)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or("")
 }
 
 /// A refusal with its sentence.
 pub(super) fn refuse(status: StatusCode, message: impl Into<String>) -> Response {
-    (status, Json(Refused { message: message.into() })).into_response()
+    (
+        status,
+        Json(Refused {
+            message: message.into(),
+        }),
+    )
+        .into_response()
 }
 
 /// Refuse a caller that has not our token or speaks another protocol.
@@ -133,7 +142,10 @@ mod tests {
         let good = headers("secret", "cluster", 1);
         assert!(check(&good, "secret", "c1").is_ok());
         assert_eq!(check(&good, "other", "c1").unwrap_err().status(), 401);
-        assert_eq!(check(&HeaderMap::new(), "", "c1").unwrap_err().status(), 401);
+        assert_eq!(
+            check(&HeaderMap::new(), "", "c1").unwrap_err().status(),
+            401
+        );
         let mut moved = good.clone();
         moved.insert(CLUSTER_HEADER, HeaderValue::from_static("elsewhere"));
         assert_eq!(check(&moved, "secret", "c1").unwrap_err().status(), 401);

@@ -44,13 +44,21 @@ impl PeerClient {
             .no_proxy()
             .http1_only()
             .build()?;
-        Ok(Self { http, token: token.to_owned(), from, cluster: String::new() })
+        Ok(Self {
+            http,
+            token: token.to_owned(),
+            from,
+            cluster: String::new(),
+        })
     }
 
     /// The same, speaking as a member of this cluster.
     #[must_use]
     pub fn for_cluster(&self, cluster_id: &str) -> Self {
-        Self { cluster: cluster_id.to_owned(), ..self.clone() }
+        Self {
+            cluster: cluster_id.to_owned(),
+            ..self.clone()
+        }
     }
 
     /// A request to `url` (absolute, on a peer port) that carries what the peer port asks for. The
@@ -82,8 +90,13 @@ impl PeerClient {
         let unreachable = |e: reqwest::Error| {
             PeerError::Unreachable(format!("cannot reach {base}: {}", innermost(&e)))
         };
-        let response =
-            self.post(&url).json(body).timeout(timeout).send().await.map_err(unreachable)?;
+        let response = self
+            .post(&url)
+            .json(body)
+            .timeout(timeout)
+            .send()
+            .await
+            .map_err(unreachable)?;
         let status = response.status();
         let bytes = response.bytes().await.map_err(unreachable)?;
         if status.is_success() {

@@ -77,7 +77,9 @@ impl PeerDialer {
             .header(auth::TO_HEADER, id.to_string())
             .body(Empty::new())
             .map_err(io::Error::other)?;
-        request.headers_mut().extend(auth::headers(&self.token, &self.cluster, self.from));
+        request
+            .headers_mut()
+            .extend(auth::headers(&self.token, &self.cluster, self.from));
         Ok(request)
     }
 
@@ -92,12 +94,16 @@ impl PeerDialer {
             .map_err(io::Error::other)?;
         // Ends with the upgrade, or when `sender` is dropped.
         tokio::spawn(connection.with_upgrades());
-        let response =
-            sender.send_request(self.request(id, authority)?).await.map_err(io::Error::other)?;
+        let response = sender
+            .send_request(self.request(id, authority)?)
+            .await
+            .map_err(io::Error::other)?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(self.refused(id, response).await);
         }
-        let upgraded = hyper::upgrade::on(response).await.map_err(io::Error::other)?;
+        let upgraded = hyper::upgrade::on(response)
+            .await
+            .map_err(io::Error::other)?;
         self.said.lock().remove(&id);
         Ok(match upgraded.downcast::<TokioIo<TcpStream>>() {
             Ok(parts) if parts.read_buf.is_empty() => Box::new(parts.io.into_inner()),
@@ -108,13 +114,16 @@ impl PeerDialer {
 
     async fn refused(&self, id: u64, response: http::Response<hyper::body::Incoming>) -> io::Error {
         let status = response.status();
-        let body = Limited::new(response.into_body(), REFUSAL_MAX).collect().await;
+        let body = Limited::new(response.into_body(), REFUSAL_MAX)
+            .collect()
+            .await;
         let message = body
             .ok()
             .and_then(|body| serde_json::from_slice::<Refused>(&body.to_bytes()).ok())
             .map_or_else(|| format!("HTTP {status}"), |refused| refused.message);
         // 503: it is starting. Everything else needs an operator.
-        if !status.is_server_error() && self.said.lock().insert(id, message.clone()).as_ref() != Some(&message)
+        if !status.is_server_error()
+            && self.said.lock().insert(id, message.clone()).as_ref() != Some(&message)
         {
             tracing::warn!(peer = %format_args!("{id:016x}"), "{message}");
         }

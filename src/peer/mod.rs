@@ -17,7 +17,7 @@ pub mod members;
 mod routes;
 pub mod wire;
 
-pub use client::{PeerError, PeerClient};
+pub use client::{PeerClient, PeerError};
 pub use dial::PeerDialer;
 pub use members::MemberHttp;
 pub use routes::router;
@@ -52,7 +52,10 @@ pub struct PeerPort {
 impl PeerPort {
     /// This member as a founder.
     pub fn founder(&self) -> Founder {
-        Founder { id: self.ledger.member_id(), member: self.member.clone() }
+        Founder {
+            id: self.ledger.member_id(),
+            member: self.member.clone(),
+        }
     }
 
     /// This member's greeting.

@@ -30,18 +30,28 @@ pub fn router(port: &Arc<PeerPort>, transfer: Router) -> Router {
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .with_state(Arc::clone(port))
         .merge(transfer)
-        .layer(middleware::from_fn_with_state(Arc::clone(port), auth::same_cluster));
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(port),
+            auth::same_cluster,
+        ));
     Router::new()
         .route("/peer/v1/hello", post(hello))
         .route("/peer/v1/founding", post(founding))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .with_state(Arc::clone(port))
         .merge(members)
-        .layer(middleware::from_fn_with_state(Arc::clone(port), auth::token))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(port),
+            auth::token,
+        ))
 }
 
 fn judge(port: &PeerPort, hello: &Hello) -> Option<String> {
-    let members = port.group.get().map(|group| group.status().members).unwrap_or_default();
+    let members = port
+        .group
+        .get()
+        .map(|group| group.status().members)
+        .unwrap_or_default();
     let (cluster_id, charter) = (port.ledger.cluster_id(), port.ledger.charter());
     let known = admission::Known {
         name: &port.config.name,
@@ -78,7 +88,11 @@ async fn founding(State(port): State<Arc<PeerPort>>, Json(call): Json<FoundingCa
     let failed: String = match handled {
         Ok(Ok(reply)) => {
             port.learnt.notify_one();
-            return Json(FoundingReply { voter: port.founder(), reply }).into_response();
+            return Json(FoundingReply {
+                voter: port.founder(),
+                reply,
+            })
+            .into_response();
         }
         Ok(Err(e)) => LedgerError::to_string(&e),
         Err(e) => e.to_string(),
@@ -89,7 +103,10 @@ async fn founding(State(port): State<Arc<PeerPort>>, Json(call): Json<FoundingCa
 
 async fn join(State(port): State<Arc<PeerPort>>, Json(hello): Json<Hello>) -> Response {
     let Some(group) = port.group.get() else {
-        return refuse(StatusCode::SERVICE_UNAVAILABLE, "the cluster is still being founded");
+        return refuse(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the cluster is still being founded",
+        );
     };
     // Judged on the newest membership, not on what this member happens to know.
     if let Err(e) = group.read_barrier(BARRIER_TIMEOUT).await {
@@ -133,8 +150,14 @@ async fn admit(group: &Group, hello: &Hello) -> Result<JoinReply, GroupError> {
 async fn raft(State(port): State<Arc<PeerPort>>, mut request: Request) -> Response {
     let ours = port.ledger.member_id();
     let headers = request.headers();
-    if headers.get(header::UPGRADE).is_none_or(|value| value != dial::UPGRADE) {
-        return refuse(StatusCode::UPGRADE_REQUIRED, "this path takes the Raft stream only");
+    if headers
+        .get(header::UPGRADE)
+        .is_none_or(|value| value != dial::UPGRADE)
+    {
+        return refuse(
+            StatusCode::UPGRADE_REQUIRED,
+            "this path takes the Raft stream only",
+        );
     }
     if auth::id(headers, auth::TO_HEADER) != Some(ours) {
         let name = &port.config.name;
@@ -173,7 +196,10 @@ fn stream(upgraded: Upgraded) -> Box<dyn PeerStream> {
         Ok(parts) => {
             let (read, write) = parts.io.into_inner().into_split();
             let ahead = std::io::Cursor::new(parts.read_buf);
-            Box::new(tokio::io::join(tokio::io::AsyncReadExt::chain(ahead, read), write))
+            Box::new(tokio::io::join(
+                tokio::io::AsyncReadExt::chain(ahead, read),
+                write,
+            ))
         }
         Err(upgraded) => Box::new(TokioIo::new(upgraded)),
     }
