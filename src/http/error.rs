@@ -86,9 +86,10 @@ impl ApiError {
 impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
         match refusal {
-            Refusal::TemplateUnknown(_) | Refusal::InstanceUnknown(_) | Refusal::NodeUnknown(_) => {
-                Self::not_found()
-            }
+            Refusal::TemplateUnknown(_)
+            | Refusal::InstanceUnknown(_)
+            | Refusal::NodeUnknown(_)
+            | Refusal::GroupUnknown(_) => Self::not_found(),
             Refusal::TagUnknown(tag) => Self::fail(format!("No such tag {tag}")),
             Refusal::TagTaken(tag) => {
                 Self::fail(format!("Tag {tag} already exists with other content"))
