@@ -2,5 +2,6 @@
 
 pub mod bench;
 pub mod client;
+pub mod instance;
 pub mod load;
 pub mod table;

@@ -75,7 +75,7 @@ fn unsupported(call: &Call) -> Result<(), ApiError> {
             !text.is_empty() && (**name, text.as_str()) != ("network_mode", "shared")
         }
         Some(Json::Object(members)) => !members.is_empty(),
-        Some(other) => other != &0 && other != &false,
+        Some(other) => *other != 0 && *other != false,
     };
     match UNSUPPORTED.iter().find(given) {
         Some(name) => Err(ApiError::fail(format!(
