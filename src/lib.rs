@@ -12,4 +12,5 @@ pub mod listen;
 pub mod machine;
 pub mod peer;
 pub mod registry;
+pub mod server;
 pub mod stamp;

@@ -12,6 +12,7 @@ pub mod envelope;
 pub mod error;
 pub mod front;
 pub mod instances;
+pub mod members;
 pub mod nodes;
 pub mod routes;
 pub mod start;

@@ -35,4 +35,5 @@ pub(super) fn all() -> Router<ApiState> {
         .route("/api/v1/registry/disk", get(template::disk))
         .route("/api/v1/members", get(cluster::members))
         .route("/api/v1/cluster/status", get(cluster::status))
+        .merge(super::members::routes())
 }

@@ -1,0 +1,332 @@
+//! One member, from an empty process to a serving one and back: opens the ports and the data directory,
+//! becomes part of a cluster, brings the parts together, stops cleanly. Composition only.
+//!
+//! ```text
+//! bind ports -> lock data directory -> founding (ports answer: not ready) -> open stores -> group
+//!   -> routers behind the ports -> ... SIGTERM: hand over the lead, finish requests, checkpoint, exit 0
+//!                                  ... the group stops by itself: exit 1 with the reason
+//! ```
+
+use crate::app::App;
+use crate::config::Config;
+use crate::founding::{self, Ledger};
+use crate::http::{About, ApiState, Disk};
+use crate::listen::{self, Door};
+use crate::machine::ModelMachine;
+use crate::peer::{self, Notices, PeerClient, PeerDialer, PeerPort};
+use crate::{agents, cli, http as rest, stamp};
+use anyhow::{Context, anyhow, bail};
+use axum::Router;
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use mainstay_model::{MemberId, State};
+use mainstay_raft::{Group, GroupConfig};
+use mainstay_storage::chunks::ChunkStore;
+use mainstay_storage::datadir::{DataDir, Identity};
+use mainstay_storage::engine::{Engine, SledEngine};
+use mainstay_storage::log::{Log, Wal};
+use mainstay_storage::snapshot::SnapshotDir;
+use parking_lot::RwLock;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
+
+/// A clean stop takes no longer than this; what is not done by then is done by the next start.
+const STOP_MAX: Duration = Duration::from_secs(10);
+/// Part of it for handing over the lead.
+const HAND_OVER_MAX: Duration = Duration::from_secs(3);
+
+/// Run one member until it is told to stop (`Ok`) or cannot go on.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let mut stop = Stop::new()?;
+    let ports = Ports::bind(&config).await?;
+    let port = open(config, &ports)?;
+    let (closing, closed) = watch::channel(false);
+    let doors = Doors::open(ports, &port, &closed);
+    let cluster_id = tokio::select! {
+        founded = founding::found(&port) => founded?,
+        () = stop.wanted() => return Ok(()),
+    };
+    let member = Box::pin(Member::start(&port, &cluster_id)).await?;
+    doors.set(&port, &member);
+    let staying = founding::stay(Arc::clone(&port), member.group.clone(), cluster_id.clone());
+    let mut staying = tokio::spawn(staying);
+    tracing::info!(cluster = %cluster_id, api = %port.member.api_url, "serving");
+    let ended = tokio::select! {
+        () = stop.wanted() => Ok(()),
+        why = fault(&member.group) => Err(anyhow!(
+            "this member stopped: {why}; the others go on without it. Repair what is named, then start it again"
+        )),
+        stayed = &mut staying => match stayed {
+            Ok(Err(e)) => Err(e.into()),
+            Err(e) => Err(e.into()),
+            Ok(Ok(())) => Err(anyhow!("this member stopped: {}", fault(&member.group).await)),
+        },
+    };
+    staying.abort();
+    if ended.is_ok() {
+        tracing::info!("stopping");
+        if tokio::time::timeout(STOP_MAX, member.stop(closing))
+            .await
+            .is_err()
+        {
+            tracing::warn!("the stop took too long: the next start does the rest");
+        }
+    }
+    ended
+}
+
+/// The wish to stop.
+struct Stop {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Stop {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn wanted(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
+}
+
+/// The listening sockets.
+struct Ports {
+    api: TcpListener,
+    registry: TcpListener,
+    peer: TcpListener,
+}
+
+impl Ports {
+    async fn bind(config: &Config) -> anyhow::Result<Self> {
+        let bind = |flag: &'static str, at: std::net::SocketAddr| async move {
+            TcpListener::bind(at).await.with_context(|| {
+                format!("cannot listen on {flag} {at}: free the port or choose another")
+            })
+        };
+        Ok(Self {
+            api: bind("--listen", config.listen).await?,
+            registry: bind("--registry-listen", config.registry_listen).await?,
+            peer: bind("--peer-listen", config.peer_listen).await?,
+        })
+    }
+}
+
+/// Lock the data directory and learn who we are.
+fn open(config: Config, ports: &Ports) -> anyhow::Result<Arc<PeerPort>> {
+    let member = config.member(
+        ports.api.local_addr()?.port(),
+        ports.registry.local_addr()?.port(),
+    );
+    let fresh = || Identity {
+        member_id: stamp::member_id(),
+        name: config.name.clone(),
+        cluster_id: None,
+        created_by: cli::VERSION.to_owned(),
+        founding: None,
+    };
+    let (dir, identity) = DataDir::open(&config.data_dir, fresh)
+        .with_context(|| format!("cannot use --data-dir {}", config.data_dir.display()))?;
+    if identity.name != config.name {
+        bail!(
+            "the data directory {} belongs to member {}, this one is {}: give each member a --data-dir of its own, or start with --name {}",
+            config.data_dir.display(),
+            identity.name,
+            config.name,
+            identity.name
+        );
+    }
+    if config.token.is_empty() && config.list.len() > 1 && !config.peer_listen.ip().is_loopback() {
+        tracing::warn!(
+            "no --cluster-token: whoever reaches {} can act as a member",
+            config.peer_listen
+        );
+    }
+    tracing::info!(member = %config.name, id = %MemberId(identity.member_id), version = cli::VERSION, "starting");
+    let http = PeerClient::new(&config.token, identity.member_id)?;
+    Ok(Arc::new(PeerPort {
+        ledger: Arc::new(Ledger::new(Arc::new(dir), identity)?),
+        config,
+        member,
+        http,
+        group: OnceLock::new(),
+        learnt: Notify::new(),
+        notices: Notices::default(),
+    }))
+}
+
+/// What stands behind the ports.
+struct Doors {
+    api: Door,
+    registry: Door,
+    peer: Door,
+}
+
+impl Doors {
+    /// Open all three: the peer port serves founding at once, the others say why they are not ready.
+    fn open(ports: Ports, port: &Arc<PeerPort>, closed: &watch::Receiver<bool>) -> Self {
+        let doors = Self {
+            api: Door::new(not_ready(port)),
+            registry: Door::new(not_ready(port)),
+            peer: Door::new(peer::router(port, Router::new())),
+        };
+        let serve = |listener, door: &Door, between_members| {
+            tokio::spawn(listen::serve(
+                listener,
+                door.clone(),
+                between_members,
+                closed.clone(),
+            ));
+        };
+        serve(ports.api, &doors.api, false);
+        serve(ports.registry, &doors.registry, false);
+        serve(ports.peer, &doors.peer, true);
+        doors
+    }
+
+    fn set(&self, port: &Arc<PeerPort>, member: &Member) {
+        self.api.set(rest::router(member.api.clone()));
+        self.peer.set(peer::router(port, Router::new()));
+    }
+}
+
+/// Answers while this member is not part of a cluster.
+fn not_ready(port: &Arc<PeerPort>) -> Router {
+    let port = Arc::clone(port);
+    let answer = async move || {
+        let mut why = port.notices.all().join("; ");
+        if why.is_empty() {
+            why.push_str("starting");
+        }
+        rest::error::ApiError::unavailable(format!("not part of a cluster yet: {why}"))
+            .into_response()
+    };
+    Router::new()
+        .route(
+            "/livez",
+            axum::routing::get(async || (StatusCode::OK, "ok")),
+        )
+        .fallback(answer)
+}
+
+/// The parts of a member that is in a cluster.
+struct Member {
+    group: Group,
+    api: ApiState,
+}
+
+/// What is opened on disk.
+struct Stores {
+    log: Arc<dyn Log>,
+    engine: Arc<dyn Engine>,
+    snapshots: SnapshotDir,
+    chunks: ChunkStore,
+}
+
+impl Stores {
+    fn open(root: &Path) -> mainstay_storage::Result<Self> {
+        Ok(Self {
+            log: Arc::new(Wal::open(&root.join("log"))?),
+            engine: Arc::new(SledEngine::open(&root.join("state"))?),
+            snapshots: SnapshotDir::open(&root.join("snapshots"))?,
+            chunks: ChunkStore::open(&root.join("chunks"))?,
+        })
+    }
+}
+
+impl Member {
+    async fn start(port: &Arc<PeerPort>, cluster_id: &str) -> anyhow::Result<Self> {
+        let root = port.config.data_dir.clone();
+        let stores = tokio::task::spawn_blocking(move || Stores::open(&root))
+            .await?
+            .context("cannot open the data directory")?;
+        let state = Arc::new(RwLock::new(State::default()));
+        let id = port.ledger.member_id();
+        let db_size = {
+            let (log, engine) = (Arc::clone(&stores.log), Arc::clone(&stores.engine));
+            Arc::new(move || log.state().disk_bytes + engine.disk_bytes())
+        };
+        let group = Box::pin(Group::start(
+            group_config(id, cluster_id),
+            stores.log,
+            stores.engine,
+            stores.snapshots,
+            Arc::new(ModelMachine::new(Arc::clone(&state))),
+            Arc::new(PeerDialer::new(&port.config.token, cluster_id, id)),
+        ))
+        .await?;
+        // Only one start per process: nobody has set it before.
+        port.group.set(group.clone()).ok();
+        let app = App::new(group.clone(), state);
+        let chunks = stores.chunks.clone();
+        let data_dir = port.config.data_dir.clone();
+        let about = About {
+            name: port.config.name.clone(),
+            version: cli::VERSION.to_owned(),
+            registry_address: port.member.registry_url.clone(),
+            allow_cors: false,
+            db_size,
+            disk: Arc::new(move || room(&data_dir)),
+            chunks: Arc::new(move || chunks.stats()),
+        };
+        let liveness = agents::Liveness::new();
+        Ok(Self {
+            group,
+            api: ApiState::new(app, liveness, about),
+        })
+    }
+
+    /// Hand over the lead while everything still works, finish requests, checkpoint.
+    async fn stop(self, closing: watch::Sender<bool>) {
+        if self.group.status().is_leader() && self.group.status().members.len() > 1 {
+            let handed = self.group.transfer_leader(None);
+            match tokio::time::timeout(HAND_OVER_MAX, handed).await {
+                Ok(Ok(())) => tracing::info!("handed over the lead"),
+                Ok(Err(e)) => tracing::warn!("nobody took the lead: {e}"),
+                Err(_) => tracing::warn!("nobody took the lead in time"),
+            }
+        }
+        closing.send_replace(true);
+        self.group.shutdown().await;
+    }
+}
+
+fn group_config(id: u64, cluster_id: &str) -> GroupConfig {
+    GroupConfig {
+        id,
+        cluster_id: cluster_id.to_owned(),
+        heartbeat: Duration::from_millis(50),
+        election: (Duration::from_millis(300), Duration::from_millis(600)),
+        snapshot_log_bytes: 64 << 20,
+        keep_entries: 20_000,
+        checkpoint_interval: Duration::from_millis(500),
+    }
+}
+
+fn room(dir: &Path) -> Option<Disk> {
+    let stat = rustix::fs::statvfs(dir).ok()?;
+    Some(Disk {
+        free: stat.f_bavail * stat.f_frsize,
+        total: stat.f_blocks * stat.f_frsize,
+    })
+}
+
+/// Why the group stopped by itself; waits until it does.
+async fn fault(group: &Group) -> String {
+    let mut watch = group.watch();
+    match watch.wait_for(|status| status.fault.is_some()).await {
+        Ok(status) => status.fault.clone().unwrap_or_default(),
+        Err(_) => "the group ended".to_owned(),
+    }
+}
