@@ -72,7 +72,10 @@ enum Verb {
 /// Parse the command line, carry it out, answer with the exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(e) => return failed(&anyhow::Error::new(e).context("cannot start")),
     };
@@ -97,9 +100,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Status => status::run(&endpoints, output).await,
         Verb::Member(args) => member::run(args, &endpoints, output).await,
         Verb::Instance(args) => Box::pin(instance::run(*args, &endpoints, output)).await,
-        Verb::Bench(args) => {
-            Box::pin(bench::run(args, &endpoints, output == Output::Json)).await
-        }
+        Verb::Bench(args) => Box::pin(bench::run(args, &endpoints, output == Output::Json)).await,
         Verb::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "mainstay", &mut script);
