@@ -3,10 +3,23 @@
 //! * [`Group`]: this process's member of the Raft group: propose, read barrier, membership, status.
 //! * [`Machine`]: what the committed bytes are applied to.
 //! * [`Dialer`]: how another member is reached; [`Group::serve`] takes the other end.
+//!
+//! ```text
+//!  Group::propose ──► leader's openraft ──► store::log (write-ahead log, one fdatasync per batch)
+//!        │ forwarded      │  appends over transport::link (pipelined), answers in order
+//!        ▼                ▼
+//!  transport ◄──────► other members        committed ──► store::machine (apply in memory)
+//!                                                            │ changed keys
+//!                                                            ▼
+//!                                                store::checkpoint (one thread, write behind)
+//! ```
 
+mod codec;
 pub mod group;
 pub mod machine;
+mod store;
 pub mod transport;
+mod types;
 
 pub use group::{Group, GroupConfig, GroupError, MemberStatus, Role, Status};
 pub use machine::{Fault, Machine};

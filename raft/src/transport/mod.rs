@@ -1,5 +1,13 @@
 //! How members reach each other: a byte stream per peer, framed and multiplexed inside this crate.
 
+mod frame;
+pub(crate) mod link;
+pub mod memory;
+pub(crate) mod network;
+pub(crate) mod server;
+pub(crate) mod snapshot;
+pub(crate) mod wire;
+
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};

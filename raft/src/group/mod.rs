@@ -1,0 +1,313 @@
+//! A handle on this process's member of the Raft group. Knows no command and no wire.
+
+mod admin;
+mod config;
+mod propose;
+mod read;
+mod service;
+mod status;
+mod upkeep;
+
+pub use config::GroupConfig;
+pub use status::{MemberStatus, Role, Status};
+
+use crate::store::checkpoint::{Checkpointer, Parts};
+use crate::store::fault::FaultCell;
+use crate::store::log::LogStore;
+use crate::store::machine::StateMachine;
+use crate::transport::network::{Factory, Peers};
+use crate::transport::wire::Admin;
+use crate::transport::{self, link::Link};
+use crate::types::Raft;
+use crate::{Dialer, Machine, Member, PeerStream};
+use bytes::Bytes;
+use mainstay_storage::{engine::Engine, log::Log, snapshot::SnapshotDir};
+use openraft::async_runtime::watch::WatchReceiver as _;
+use openraft::errors::{InitializeError, RaftError};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Commands being proposed through this member.
+const PROPOSALS_MAX: usize = 16 << 10;
+/// Commands being committed here for other members.
+const FORWARDED_MAX: usize = 16 << 10;
+/// A membership change is given this long.
+const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The fault of a member that was asked to stop.
+const SHUT_DOWN: &str = "shut down";
+
+/// Why a request to the group failed. `Unknown`: it may or may not have happened.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum GroupError {
+    /// No leader was found in time; the request had no effect.
+    #[error("no leader within the deadline")]
+    NoLeader,
+    /// The deadline passed after the request was sent: the outcome is unknown.
+    #[error("no answer within the deadline; the outcome is unknown")]
+    Unknown,
+    /// Refused, e.g. a membership change that is not allowed; the text says why.
+    #[error("{0}")]
+    Refused(String),
+    /// This member has stopped (storage failure, shutdown).
+    #[error("this member has stopped: {0}")]
+    Stopped(String),
+    /// Too much is waiting; try again later.
+    #[error("overloaded: {0}")]
+    Overloaded(String),
+}
+
+/// The handle; cheap to clone. Dropping the last one stops the member as a crash would.
+#[derive(Clone)]
+pub struct Group {
+    inner: Arc<Inner>,
+    _alive: Arc<Alive>,
+}
+
+/// Held by handles only, never by tasks: its end is the member's end.
+struct Alive(Arc<Inner>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.cancel.cancel();
+    }
+}
+
+pub(crate) struct Inner {
+    config: GroupConfig,
+    raft: Raft,
+    log: LogStore,
+    checkpointer: Arc<Checkpointer>,
+    snapshots: Arc<SnapshotDir>,
+    peers: Arc<Peers>,
+    fault: FaultCell,
+    applied: watch::Receiver<u64>,
+    leader: watch::Receiver<Option<u64>>,
+    status: watch::Receiver<Status>,
+    reads: read::Reads,
+    proposals: Semaphore,
+    forwarded: Arc<Semaphore>,
+    receiving: Arc<tokio::sync::Mutex<()>>,
+    cancel: CancellationToken,
+    /// `stop` was called: it, and not the guard, ends everything.
+    stopping: AtomicBool,
+}
+
+impl Group {
+    /// Recover from log, engine and snapshot, and take part in the group (an uninitialised member
+    /// waits to be initialised or contacted).
+    pub async fn start(
+        config: GroupConfig,
+        log: Arc<dyn Log>,
+        engine: Arc<dyn Engine>,
+        snapshots: SnapshotDir,
+        machine: Arc<dyn Machine>,
+        dialer: Arc<dyn Dialer>,
+    ) -> Result<Self, GroupError> {
+        let fault = FaultCell::new();
+        let fail = |e: &dyn std::error::Error| GroupError::Stopped(crate::store::fault::chain(e));
+        let core = Arc::new(
+            config
+                .core()
+                .map_err(|e| GroupError::Refused(e.to_string()))?,
+        );
+        let log = LogStore::open(log, fault.clone()).map_err(|e| fail(&e))?;
+        let snapshots = Arc::new(snapshots);
+        let parts = Parts {
+            machine: machine.clone(),
+            engine,
+            snapshots: snapshots.clone(),
+            log: log.progress(),
+            fault: fault.clone(),
+            interval: config.checkpoint_interval,
+        };
+        let checkpointer = tokio::task::spawn_blocking(move || Checkpointer::start(parts))
+            .await
+            .map_err(|e| fail(&e))?
+            .map_err(|e| fail(&e))?;
+        let state = StateMachine::new(
+            machine,
+            checkpointer.clone(),
+            snapshots.clone(),
+            fault.clone(),
+        );
+        let peers = Peers::new(config.id, config.cluster_id.clone(), dialer);
+        let raft = Raft::new(config.id, core, Factory(peers.clone()), log.clone(), state)
+            .await
+            .map_err(|e| fail(&e))?;
+        let applied = checkpointer.applied();
+        let first = status::status_of(&raft.metrics().borrow_watched(), *applied.borrow(), &fault);
+        let (leader_tx, leader) = watch::channel(first.leader);
+        let (status_tx, status) = watch::channel(first);
+        let inner = Arc::new(Inner {
+            config,
+            raft,
+            log,
+            checkpointer,
+            snapshots,
+            peers,
+            fault,
+            applied,
+            leader,
+            status,
+            reads: read::Reads::default(),
+            proposals: Semaphore::new(PROPOSALS_MAX),
+            forwarded: Arc::new(Semaphore::new(FORWARDED_MAX)),
+            receiving: Arc::default(),
+            cancel: CancellationToken::new(),
+            stopping: AtomicBool::new(false),
+        });
+        upkeep::spawn(&inner, leader_tx, status_tx);
+        read::spawn(&inner);
+        Ok(Self {
+            _alive: Arc::new(Alive(inner.clone())),
+            inner,
+        })
+    }
+
+    /// Found the group with these voters. Idempotent; every founder calls it with the same map.
+    pub async fn initialize(&self, members: BTreeMap<u64, Member>) -> Result<(), GroupError> {
+        match self.inner.raft.initialize(members).await {
+            // Initialised before, or already reached by a founder that was faster.
+            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
+            Err(RaftError::APIError(e)) => Err(GroupError::Refused(e.to_string())),
+            Err(RaftError::Fatal(e)) => Err(self.inner.stopped(&e.to_string())),
+        }
+    }
+
+    /// Commit and apply `command`; answers what the machine answered. From any member: it is
+    /// forwarded to the leader and retried (the same bytes) through leader changes until `deadline`.
+    pub async fn propose(&self, command: Bytes, deadline: Duration) -> Result<Bytes, GroupError> {
+        self.inner.propose(command, Instant::now() + deadline).await
+    }
+
+    /// Returns once this member's machine has applied everything that was acknowledged anywhere
+    /// before the call (ReadIndex; concurrent calls share a round). The applied index.
+    pub async fn read_barrier(&self, deadline: Duration) -> Result<u64, GroupError> {
+        self.inner.read_barrier(Instant::now() + deadline).await
+    }
+
+    /// A look at the group.
+    pub fn status(&self) -> Status {
+        let metrics = self.inner.raft.metrics();
+        let applied = *self.inner.applied.borrow();
+        let metrics = metrics.borrow_watched();
+        status::status_of(&metrics, applied, &self.inner.fault)
+    }
+
+    /// Told of every change of [`Status`] (applied index included); of quick successions, the last.
+    pub fn watch(&self) -> watch::Receiver<Status> {
+        self.inner.status.clone()
+    }
+
+    /// Serve one accepted stream from another member until it ends.
+    pub async fn serve(&self, stream: Box<dyn PeerStream>) {
+        let service = Arc::new(service::Requests(self.inner.clone()));
+        let cancel = self.inner.cancel.clone();
+        cancel
+            .run_until_cancelled(transport::server::serve(service, stream))
+            .await;
+    }
+
+    /// Add a learner (or change a member's addresses). From any member.
+    pub async fn add_learner(&self, id: u64, member: Member) -> Result<(), GroupError> {
+        self.admin(Admin::AddLearner { id, member }).await
+    }
+
+    /// Make a caught-up learner a voter. From any member.
+    pub async fn promote(&self, id: u64) -> Result<(), GroupError> {
+        self.admin(Admin::Promote { id }).await
+    }
+
+    /// Remove a member. From any member. Refused when the voters that answer now would no longer
+    /// be a majority.
+    pub async fn remove(&self, id: u64) -> Result<(), GroupError> {
+        self.admin(Admin::Remove { id }).await
+    }
+
+    /// Hand leadership to a caught-up voter (before a clean stop).
+    pub async fn transfer_leader(&self, to: Option<u64>) -> Result<(), GroupError> {
+        self.admin(Admin::Transfer { to }).await
+    }
+
+    async fn admin(&self, request: Admin) -> Result<(), GroupError> {
+        self.inner
+            .admin(request, Instant::now() + ADMIN_DEADLINE)
+            .await
+    }
+
+    /// Checkpoint, stop all tasks.
+    pub async fn shutdown(&self) {
+        self.inner.stop(true).await;
+    }
+
+    /// Stop at once, without a last checkpoint: what is on disk is what a crash would leave.
+    pub async fn halt(&self) {
+        self.inner.stop(false).await;
+    }
+}
+
+impl Inner {
+    async fn stop(&self, checkpoint: bool) {
+        let checkpoint = checkpoint && self.fault.get().is_none();
+        self.stopping.store(true, Ordering::SeqCst);
+        self.cancel.cancel();
+        self.peers.close();
+        if let Err(error) = self.raft.shutdown().await {
+            tracing::warn!(%error, "consensus core ended badly");
+        }
+        let checkpointer = self.checkpointer.clone();
+        // Joins a thread: off the runtime.
+        let _ = tokio::task::spawn_blocking(move || checkpointer.stop(checkpoint)).await;
+        self.fault.raise(SHUT_DOWN);
+    }
+
+    fn stopped(&self, otherwise: &str) -> GroupError {
+        GroupError::Stopped(self.fault.get().unwrap_or_else(|| otherwise.to_string()))
+    }
+
+    fn check_running(&self) -> Result<(), GroupError> {
+        match self.fault.get() {
+            Some(why) => Err(GroupError::Stopped(why)),
+            None => Ok(()),
+        }
+    }
+
+    fn leads(&self) -> bool {
+        *self.leader.borrow() == Some(self.config.id)
+    }
+
+    /// The link to the current leader for a kind of work; `None` without a leader or when it is us.
+    fn leader_link(&self, leader: u64, lane: transport::wire::Lane) -> Option<Arc<Link>> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let member = metrics
+            .membership_config
+            .membership()
+            .get_node(&leader)?
+            .clone();
+        Some(self.peers.link(leader, &member, lane))
+    }
+
+    /// Wait until the known leader is another than `seen`, or a moment has passed, or the deadline.
+    async fn leader_moved(&self, seen: Option<u64>, deadline: Instant) {
+        let mut leader = self.leader.clone();
+        let mut fault = self.fault.watch();
+        let moment = (Instant::now() + Duration::from_millis(20)).min(deadline);
+        let limit = if seen.is_none() { deadline } else { moment };
+        let moved = async {
+            tokio::select! {
+                // A closed channel means that the member stops: look again at once.
+                _ = leader.wait_for(|now| *now != seen) => {}
+                _ = fault.wait_for(Option::is_some) => {}
+            }
+        };
+        // Elapsed or not, the caller looks again.
+        let _ = tokio::time::timeout_at(limit, moved).await;
+    }
+}

@@ -1,0 +1,375 @@
+//! Write-behind of the applied state: changed keys collect in memory and go to the engine in small
+//! paced checkpoints, on one blocking thread that also makes and installs snapshots. Knows no peer.
+//!
+//! # Why a crash between any two lines recovers
+//!
+//! Three things are on disk: the log `L` (with its purge mark `P`), the engine `E` (state and mark
+//! `E.mark`, one atomic batch), the newest snapshot file `S`. The thread keeps, at every instant,
+//!
+//! ```text
+//!   P <= S <= E.mark <= last durable entry of L          (or S is being installed: P <= E.mark < S)
+//! ```
+//!
+//! * *Checkpoint*: waits until the log is durable up to what it captured, then one atomic batch.
+//!   A crash before it leaves the older mark; everything after that mark is in `L` (`P <= E.mark`)
+//!   and is applied again from there, with the same outcome (the machine is deterministic).
+//! * *Snapshot*: first a checkpoint, then a copy of what the engine holds, so `S = E.mark`; the file
+//!   appears by rename. Only when it is durable does the core purge (`P <= S`). A crash in between
+//!   leaves more log than needed.
+//! * *Install*: the received file was verified before it came here. The machine takes it (memory
+//!   only); the file becomes `S` by rename; the engine is replaced in one atomic step; only then
+//!   does the core purge. A crash before the rename: nothing happened. Between rename and replace:
+//!   `S > E.mark`, and at start the core installs the current snapshot again. After replace, before
+//!   purge: the log ends before the mark, and at start the core closes the hole by purging to it.
+//! * *Failure*: the first error of any of these stops the member; nothing is retried on a disk
+//!   that lied once.
+
+use super::fault::{FaultCell, chain};
+use super::log::LogProgress;
+use super::snapshot::SnapshotData;
+use crate::codec::Mark;
+use crate::machine::{Change, Machine};
+use crate::types::{LogId, SnapshotMeta, StoredMembership};
+use mainstay_storage::engine::Engine;
+use mainstay_storage::snapshot::{SnapshotContent, SnapshotDir};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, oneshot, watch};
+
+/// A checkpoint starts at once when this much has changed: big ones stall the disk for everyone.
+const NUDGE_BYTES: usize = 1 << 20;
+/// Applying waits when this much is not yet durable.
+const PENDING_MAX: usize = 64 << 20;
+
+/// State changed since the last checkpoint, and the position it belongs to.
+#[derive(Debug, Default)]
+struct Changed {
+    keys: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    bytes: usize,
+    mark: Mark,
+    dirty: bool,
+}
+
+impl Changed {
+    fn merge(&mut self, changes: Vec<Change>) {
+        for (key, value) in changes {
+            let key_len = key.len();
+            self.bytes += key_len + value.as_ref().map_or(0, Vec::len);
+            if let Some(old) = self.keys.insert(key, value) {
+                self.bytes -= key_len + old.map_or(0, |v| v.len());
+            }
+        }
+    }
+}
+
+type Reply<T> = oneshot::Sender<io::Result<T>>;
+
+enum Order {
+    Nudge,
+    Snapshot(Reply<SnapshotMeta>),
+    Install(Box<Install>, Reply<()>),
+    /// Stop; with a last checkpoint or, as in a crash, without.
+    Stop {
+        checkpoint: bool,
+    },
+}
+
+/// A verified snapshot on its way in. `incoming` is the received file, `None` when it is already
+/// the current one (a crash cut an install short).
+pub(crate) struct Install {
+    pub(crate) content: SnapshotContent,
+    pub(crate) incoming: Option<SnapshotData>,
+}
+
+/// Shared between the apply path and the thread.
+pub(crate) struct Checkpointer {
+    changed: Arc<Mutex<Changed>>,
+    relieved: Arc<Notify>,
+    applied: watch::Sender<u64>,
+    orders: Mutex<Sender<Order>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the thread works with.
+pub(crate) struct Parts {
+    pub(crate) machine: Arc<dyn Machine>,
+    pub(crate) engine: Arc<dyn Engine>,
+    pub(crate) snapshots: Arc<SnapshotDir>,
+    pub(crate) log: Arc<LogProgress>,
+    pub(crate) fault: FaultCell,
+    pub(crate) interval: Duration,
+}
+
+impl Checkpointer {
+    /// Load the engine into the machine and start the thread.
+    pub(crate) fn start(parts: Parts) -> io::Result<Arc<Self>> {
+        let loaded = parts
+            .engine
+            .load()
+            .map_err(|e| io::Error::other(chain(&e)))?;
+        let mark = loaded
+            .mark
+            .as_deref()
+            .map(Mark::decode)
+            .transpose()?
+            .unwrap_or_default();
+        if loaded.mark.is_some() {
+            parts
+                .machine
+                .import(loaded.entries)
+                .map_err(|e| io::Error::other(chain(&e)))?;
+            drop(parts.machine.take_changes());
+        }
+        let applied = watch::Sender::new(mark.applied.map_or(0, |id| id.index));
+        let changed = Arc::new(Mutex::new(Changed {
+            mark,
+            ..Changed::default()
+        }));
+        let relieved = Arc::new(Notify::new());
+        let (tx, rx) = channel();
+        let worker = Worker {
+            parts,
+            changed: changed.clone(),
+            relieved: relieved.clone(),
+            applied: applied.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("checkpoint".into())
+            .spawn(move || worker.run(&rx))?;
+        Ok(Arc::new(Self {
+            changed,
+            relieved,
+            applied,
+            orders: Mutex::new(tx),
+            thread: Mutex::new(Some(thread)),
+        }))
+    }
+
+    pub(crate) fn mark(&self) -> Mark {
+        self.changed.lock().mark.clone()
+    }
+
+    /// Follows the applied index.
+    pub(crate) fn applied(&self) -> watch::Receiver<u64> {
+        self.applied.subscribe()
+    }
+
+    /// Record what a batch changed and how far it went.
+    pub(crate) fn record(
+        &self,
+        changes: Vec<Change>,
+        applied: LogId,
+        membership: Option<StoredMembership>,
+    ) {
+        let nudge = {
+            let mut changed = self.changed.lock();
+            let before = changed.bytes;
+            changed.merge(changes);
+            changed.mark.applied = Some(applied);
+            if let Some(m) = membership {
+                changed.mark.membership = m;
+            }
+            changed.dirty = true;
+            before < NUDGE_BYTES && changed.bytes >= NUDGE_BYTES
+        };
+        if nudge {
+            self.order(Order::Nudge);
+        }
+        self.applied.send_replace(applied.index);
+    }
+
+    /// Wait while too much is not yet durable.
+    pub(crate) async fn relief(&self, fault: &FaultCell) -> io::Result<()> {
+        loop {
+            let notified = self.relieved.notified();
+            tokio::pin!(notified);
+            notified.as_mut().enable();
+            if let Some(why) = fault.get() {
+                return Err(io::Error::other(why));
+            }
+            if self.changed.lock().bytes < PENDING_MAX {
+                return Ok(());
+            }
+            notified.await;
+        }
+    }
+
+    /// Make a snapshot of the state as it is now.
+    pub(crate) async fn snapshot(&self) -> io::Result<SnapshotMeta> {
+        let (tx, rx) = oneshot::channel();
+        self.order(Order::Snapshot(tx));
+        rx.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// Replace the state by a verified snapshot.
+    pub(crate) async fn install(&self, install: Install) -> io::Result<()> {
+        let (tx, rx) = oneshot::channel();
+        self.order(Order::Install(Box::new(install), tx));
+        rx.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// Stop the thread and wait for it (blocks).
+    pub(crate) fn stop(&self, checkpoint: bool) {
+        self.order(Order::Stop { checkpoint });
+        if let Some(thread) = self.thread.lock().take() {
+            // A panic in the thread was recorded as a fault already.
+            let _ = thread.join();
+        }
+    }
+
+    fn order(&self, order: Order) {
+        // A send fails only after the thread ended; a caller that waits then sees its reply dropped.
+        let _ = self.orders.lock().send(order);
+    }
+}
+
+fn stopped() -> io::Error {
+    io::Error::other("the checkpoint thread has stopped")
+}
+
+struct Worker {
+    parts: Parts,
+    changed: Arc<Mutex<Changed>>,
+    relieved: Arc<Notify>,
+    applied: watch::Sender<u64>,
+}
+
+impl Worker {
+    fn run(self, orders: &Receiver<Order>) {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.serve(orders)));
+        if outcome.is_err() {
+            self.parts.fault.raise("the checkpoint thread panicked");
+        }
+        self.relieved.notify_waiters();
+    }
+
+    fn serve(&self, orders: &Receiver<Order>) {
+        let mut due = Instant::now() + self.parts.interval;
+        loop {
+            let order = match orders.recv_timeout(due.saturating_duration_since(Instant::now())) {
+                Ok(order) => order,
+                Err(RecvTimeoutError::Timeout) => Order::Nudge,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            let outcome = match order {
+                Order::Nudge => self.checkpoint().map(drop),
+                Order::Snapshot(reply) => answer(self.snapshot(), reply),
+                Order::Install(install, reply) => answer(self.install(*install), reply),
+                Order::Stop { checkpoint } => {
+                    if checkpoint && let Err(e) = self.checkpoint() {
+                        self.parts.fault.raise(format!("last checkpoint: {e}"));
+                    }
+                    return;
+                }
+            };
+            if let Err(why) = outcome {
+                self.parts.fault.raise(why);
+                return;
+            }
+            self.relieved.notify_waiters();
+            due = Instant::now() + self.parts.interval;
+        }
+    }
+
+    /// Bring the engine to the applied position; the mark it now has.
+    fn checkpoint(&self) -> Result<Mark, String> {
+        let (keys, mark) = {
+            let mut changed = self.changed.lock();
+            if !changed.dirty {
+                return Ok(changed.mark.clone());
+            }
+            changed.dirty = false;
+            (std::mem::take(&mut changed.keys), changed.mark.clone())
+        };
+        // Read after the capture: everything captured was appended before it was applied.
+        let ticket = self.parts.log.issued();
+        if !self.parts.log.wait(ticket) {
+            return Err("the log failed under a checkpoint".into());
+        }
+        let changes: Vec<Change> = keys.into_iter().collect();
+        let size: usize = changes
+            .iter()
+            .map(|(k, v)| k.len() + v.as_ref().map_or(0, Vec::len))
+            .sum();
+        self.parts
+            .engine
+            .checkpoint(&changes, &mark.encode())
+            .map_err(|e| format!("checkpoint: {}", chain(&e)))?;
+        // Only now: what is being written still counts against the limit.
+        self.changed.lock().bytes -= size;
+        Ok(mark)
+    }
+
+    fn snapshot(&self) -> Result<SnapshotMeta, String> {
+        let mark = self.checkpoint()?;
+        let fail = |e: &dyn std::error::Error| format!("snapshot: {}", chain(e));
+        let encoded = mark.encode();
+        let current = self.parts.snapshots.current().map_err(|e| fail(&e))?;
+        if current.is_none_or(|(_, meta)| meta != encoded) {
+            let loaded = self.parts.engine.load().map_err(|e| fail(&e))?;
+            let held = loaded
+                .mark
+                .as_deref()
+                .map(Mark::decode)
+                .transpose()
+                .map_err(|e| fail(&e))?;
+            if held.unwrap_or_default() != mark {
+                return Err("snapshot: the engine does not hold the mark just written".into());
+            }
+            let name = super::snapshot::name(mark.applied);
+            self.parts
+                .snapshots
+                .write(&name, &encoded, &mut loaded.entries.into_iter())
+                .map_err(|e| fail(&e))?;
+        }
+        Ok(SnapshotMeta {
+            last_log_id: mark.applied,
+            last_membership: mark.membership,
+        })
+    }
+
+    fn install(&self, install: Install) -> Result<(), String> {
+        let fail = |e: &dyn std::error::Error| format!("installing a snapshot: {}", chain(e));
+        let Install {
+            content: SnapshotContent { meta, entries },
+            incoming,
+        } = install;
+        let mark = Mark::decode(&meta).map_err(|e| fail(&e))?;
+        self.parts
+            .machine
+            .import(entries.clone())
+            .map_err(|e| fail(&e))?;
+        drop(self.parts.machine.take_changes());
+        if let Some(file) = incoming {
+            let name = super::snapshot::name(mark.applied);
+            self.parts
+                .snapshots
+                .adopt(&file.path, &name)
+                .map_err(|e| fail(&e))?;
+        }
+        self.parts
+            .engine
+            .replace(&mut entries.into_iter(), &meta)
+            .map_err(|e| fail(&e))?;
+        let index = mark.applied.map_or(0, |id| id.index);
+        *self.changed.lock() = Changed {
+            mark,
+            ..Changed::default()
+        };
+        self.applied.send_replace(index);
+        Ok(())
+    }
+}
+
+/// Give the outcome to whoever waits, and the failure to the caller as well.
+fn answer<T>(outcome: Result<T, String>, reply: Reply<T>) -> Result<(), String> {
+    let failure = outcome.as_ref().err().cloned();
+    // The asker may have gone; the work is done all the same.
+    let _ = reply.send(outcome.map_err(io::Error::other));
+    failure.map_or(Ok(()), Err)
+}

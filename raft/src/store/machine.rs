@@ -1,0 +1,195 @@
+//! The state machine as the consensus core sees it: committed entries in batches to the
+//! [`Machine`], what they changed to the checkpointer. Knows no disk.
+
+use super::checkpoint::{Checkpointer, Install};
+use super::fault::FaultCell;
+use super::snapshot::{Builder, Snapshot, SnapshotData, open_current};
+use crate::machine::Machine;
+use crate::types::{Answer, Command, Entry, LogId, Payload, SnapshotMeta, StoredMembership, Types};
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use mainstay_storage::snapshot::SnapshotDir;
+use openraft::OptionalSend;
+use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
+use std::io;
+use std::sync::Arc;
+
+/// At most this many entries are applied before their changes are handed on and answers sent.
+const BATCH: usize = 512;
+
+/// See the module.
+pub(crate) struct StateMachine {
+    machine: Arc<dyn Machine>,
+    checkpointer: Arc<Checkpointer>,
+    snapshots: Arc<SnapshotDir>,
+    fault: FaultCell,
+}
+
+#[derive(Default)]
+struct Batch {
+    commands: Vec<Bytes>,
+    /// In log order; `true` for the entries that carry a command.
+    waiting: Vec<(bool, Option<ApplyResponder<Types>>)>,
+    last: Option<LogId>,
+    membership: Option<StoredMembership>,
+}
+
+impl Batch {
+    fn push(&mut self, entry: Entry, responder: Option<ApplyResponder<Types>>) {
+        self.last = Some(entry.log_id);
+        let is_command = match entry.payload {
+            Payload::Blank => false,
+            Payload::Normal(Command(bytes)) => {
+                self.commands.push(bytes);
+                true
+            }
+            Payload::Membership(m) => {
+                self.membership = Some(StoredMembership::new(Some(entry.log_id), m));
+                false
+            }
+        };
+        self.waiting.push((is_command, responder));
+    }
+}
+
+impl StateMachine {
+    pub(crate) fn new(
+        machine: Arc<dyn Machine>,
+        checkpointer: Arc<Checkpointer>,
+        snapshots: Arc<SnapshotDir>,
+        fault: FaultCell,
+    ) -> Self {
+        Self {
+            machine,
+            checkpointer,
+            snapshots,
+            fault,
+        }
+    }
+
+    fn run(&self, batch: Batch) -> io::Result<()> {
+        let Some(last) = batch.last else {
+            return Ok(());
+        };
+        let asked = batch.commands.len();
+        let answers = if asked == 0 {
+            Vec::new()
+        } else {
+            self.apply_commands(batch.commands, last)?
+        };
+        let changes = self.machine.take_changes();
+        self.checkpointer.record(changes, last, batch.membership);
+        let mut answers = answers.into_iter();
+        for (is_command, responder) in batch.waiting {
+            let answer = if is_command {
+                answers.next().unwrap_or_default()
+            } else {
+                Bytes::new()
+            };
+            if let Some(responder) = responder {
+                responder.send(Answer(answer));
+            }
+        }
+        Ok(())
+    }
+
+    fn apply_commands(&self, commands: Vec<Bytes>, last: LogId) -> io::Result<Vec<Bytes>> {
+        let asked = commands.len();
+        let outcome = self
+            .machine
+            .apply(commands)
+            .map_err(|e| e.0)
+            .and_then(|answers| {
+                if answers.len() == asked {
+                    return Ok(answers);
+                }
+                Err(format!("{} answers to {asked} commands", answers.len()))
+            });
+        outcome.map_err(|why| {
+            let why = format!("applying up to entry {}: {why}", last.index);
+            self.fault.raise(why.clone());
+            io::Error::other(why)
+        })
+    }
+}
+
+impl RaftStateMachine<Types> for StateMachine {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
+        let mark = self.checkpointer.mark();
+        Ok((mark.applied, mark.membership))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> io::Result<()>
+    where
+        S: Stream<Item = io::Result<EntryResponder<Types>>> + Unpin + OptionalSend,
+    {
+        let mut batch = Batch::default();
+        while let Some(item) = entries.next().await {
+            let (entry, responder) = item?;
+            batch.push(entry, responder);
+            if batch.waiting.len() >= BATCH {
+                self.run(std::mem::take(&mut batch))?;
+                self.checkpointer.relief(&self.fault).await?;
+            }
+        }
+        self.run(batch)?;
+        self.checkpointer.relief(&self.fault).await
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        Builder {
+            checkpointer: self.checkpointer.clone(),
+            snapshots: self.snapshots.clone(),
+        }
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotData,
+    ) -> io::Result<()> {
+        let install = verified(snapshot).await?;
+        let found = crate::codec::Mark::decode(&install.content.meta)?;
+        if found.applied != meta.last_log_id || found.membership != meta.last_membership {
+            return Err(io::Error::other(
+                "the snapshot file is not the announced one",
+            ));
+        }
+        self.checkpointer.install(install).await?;
+        tracing::info!(
+            index = meta.last_log_id.map(|id| id.index),
+            "snapshot installed"
+        );
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
+        let snapshots = self.snapshots.clone();
+        tokio::task::spawn_blocking(move || open_current(&snapshots))
+            .await
+            .map_err(io::Error::other)?
+    }
+}
+
+/// The content of a snapshot: already verified when it was received, else read and verified now
+/// (at start, when a crash cut an install short).
+async fn verified(mut snapshot: SnapshotData) -> io::Result<Install> {
+    if let Some(content) = snapshot.received.take() {
+        return Ok(Install {
+            content,
+            incoming: Some(snapshot),
+        });
+    }
+    let read = move || mainstay_storage::snapshot::read(&snapshot.path);
+    let content = tokio::task::spawn_blocking(read)
+        .await
+        .map_err(io::Error::other)?
+        .map_err(|e| io::Error::other(super::fault::chain(&e)))?;
+    Ok(Install {
+        content,
+        incoming: None,
+    })
+}
