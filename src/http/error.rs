@@ -78,6 +78,9 @@ impl ApiError {
         match error {
             AppError::Refused(Refusal::TemplateUnknown(_)) => Self::fail(VM_NOT_IN_REGISTRY),
             AppError::Refused(Refusal::NodeUnknown(id)) => Self::fail(format!("No such node {id}")),
+            AppError::Refused(Refusal::GroupUnknown(id)) => {
+                Self::fail(format!("No such group {id}"))
+            }
             other => other.into(),
         }
     }

@@ -8,6 +8,7 @@
 use super::View;
 use super::time::{MaybeRfc3339, Rfc3339};
 use mainstay_model::instance::{Instance, InstanceState, PortRule, ScriptResult, Value, VmInfo};
+use mainstay_model::plan;
 use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 
@@ -82,6 +83,8 @@ pub struct InstanceView<'a> {
     usb_device: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     startup_script: Option<ScriptView<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    waiting_for: Option<String>,
 }
 
 impl<'a> InstanceView<'a> {
@@ -110,7 +113,15 @@ impl<'a> InstanceView<'a> {
             vlan: "",
             usb_device: "",
             startup_script: script_view(instance),
+            waiting_for: None,
         }
+    }
+
+    /// With the reason why it still waits for a node, if it does (ours; too costly for a list).
+    #[must_use]
+    pub fn explained(mut self, view: View<'a>, instance: &Instance) -> Self {
+        self.waiting_for = plan::explain(view.state, &instance.id);
+        self
     }
 }
 
@@ -127,10 +138,8 @@ fn progress(view: View<'_>, instance: &Instance) -> f32 {
     }
 }
 
-/// The tag's architecture, or its node's when the tag is gone or does not say.
+/// The tag's architecture, or its node's when the tag does not say.
 fn arch(view: View<'_>, instance: &Instance) -> Option<&'static str> {
-    let template = view.state.templates.get(&instance.request.template);
-    let tag = template.and_then(|t| t.tags.get(&instance.tag_number));
     let of_node = || {
         Some(
             view.state
@@ -141,8 +150,7 @@ fn arch(view: View<'_>, instance: &Instance) -> Option<&'static str> {
                 .as_str(),
         )
     };
-    tag.and_then(|t| known_arch(&t.content.arch))
-        .or_else(|| known_arch(of_node()?))
+    known_arch(&instance.arch).or_else(|| known_arch(of_node()?))
 }
 
 /// One of the two names that clients know; another text crashes one of them.

@@ -173,3 +173,6 @@ pub fn router(state: ApiState) -> Router {
     let allow_cors = state.about.allow_cors;
     front::wrap(routes::all().with_state(state), allow_cors)
 }
+
+#[cfg(test)]
+mod view_tests;

@@ -4,37 +4,32 @@
 use super::View;
 use super::instances::known_arch;
 use super::time::Rfc3339;
-use mainstay_model::instance::{Instance, InstanceState};
+use mainstay_model::group::Group;
 use mainstay_model::node::{CapacityMode, Node};
 use mainstay_model::{GroupId, NodeId};
 use serde::{Serialize, Serializer};
-use std::collections::BTreeMap;
 
-/// What runs on each node, from one pass over the instances.
-#[derive(Clone, Debug, Default)]
+/// What runs on a node.
+#[derive(Clone, Copy, Debug, Default)]
 struct Usage {
     vms: u64,
     vcpu: u64,
     vram_mb: u64,
 }
 
-fn usage(view: View<'_>) -> BTreeMap<&NodeId, Usage> {
-    let mut nodes: BTreeMap<&NodeId, Usage> = BTreeMap::new();
-    for instance in view.state.instances.values().filter(|i| holds_room(i)) {
-        let Some(node) = &instance.node else { continue };
-        let used = nodes.entry(node).or_default();
-        let (vm, request) = (instance.vm.as_ref(), &instance.request);
-        let vcpu = vm.map(|v| v.cpu_cores).filter(|&n| n > 0).or(request.vcpu);
-        let vram_mb = vm.map(|v| v.ram_mb).filter(|&n| n > 0).or(request.vram_mb);
-        used.vms += 1;
-        used.vcpu += u64::from(vcpu.unwrap_or(0));
-        used.vram_mb += u64::from(vram_mb.unwrap_or(0));
-    }
-    nodes
-}
-
-fn holds_room(instance: &Instance) -> bool {
-    instance.ended_ms.is_none() && instance.state != InstanceState::Terminated
+/// As its driver says, and for what has no VM yet as it was requested.
+fn usage(view: View<'_>, node: &NodeId) -> Usage {
+    view.state
+        .on_node(node)
+        .fold(Usage::default(), |sum, instance| {
+            let (vm, wants) = (instance.vm.clone().unwrap_or_default(), instance.demand());
+            let given = |seen: u32, wanted: u64| if seen > 0 { u64::from(seen) } else { wanted };
+            Usage {
+                vms: sum.vms + 1,
+                vcpu: sum.vcpu + given(vm.cpu_cores, wants.vcpu),
+                vram_mb: sum.vram_mb + given(vm.ram_mb, wants.ram_mb),
+            }
+        })
 }
 
 /// `GET /api/v1/node`: an array; with an id, of that one node.
@@ -48,9 +43,7 @@ pub struct NodeList<'a> {
 
 impl Serialize for NodeList<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let usage = usage(self.view);
-        let none = Usage::default();
-        let one = |node| NodeView::new(self.view, node, usage.get(&node.id).unwrap_or(&none));
+        let one = |node| NodeView::new(self.view, node);
         match self.only {
             Some(node) => serializer.collect_seq([one(node)]),
             None => serializer.collect_seq(self.view.state.nodes.values().map(one)),
@@ -93,11 +86,33 @@ struct NodeView<'a> {
 
 /// A node group. `description` is a string even when there is none.
 #[derive(Serialize)]
-struct GroupView<'a> {
+pub struct GroupView<'a> {
     id: &'a str,
     name: &'a str,
     description: &'a str,
     fallback_group_id: Option<&'a str>,
+}
+
+impl<'a> GroupView<'a> {
+    /// As the dialect shows it.
+    pub fn new(group: &'a Group) -> Self {
+        Self {
+            id: group.id.as_str(),
+            name: &group.name,
+            description: &group.description,
+            fallback_group_id: group.fallback.as_ref().map(GroupId::as_str),
+        }
+    }
+    /// A group that a node asked for at join and that nobody has described.
+    fn bare(id: &'a GroupId) -> Self {
+        let id = id.as_str();
+        Self {
+            id,
+            name: id,
+            description: "",
+            fallback_group_id: None,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -117,7 +132,8 @@ struct Release<'a> {
 }
 
 impl<'a> NodeView<'a> {
-    fn new(view: View<'a>, node: &'a Node, usage: &Usage) -> Self {
+    fn new(view: View<'a>, node: &'a Node) -> Self {
+        let usage = usage(view, &node.id);
         let stats = view.soft.node_stats(&node.id).unwrap_or_default();
         let heard_ms = view.soft.last_heard_ms(&node.id).unwrap_or(node.updated_ms);
         Self {
@@ -126,7 +142,7 @@ impl<'a> NodeView<'a> {
             ip_address: node.host(),
             state: state(node),
             capacity: node.capacity(),
-            capacity_mode: mode(node.config.capacity_mode.unwrap_or_default()),
+            capacity_mode: mode(node.capacity_mode()),
             vm_count: usage.vms,
             vcpu_count: usage.vcpu,
             vram: usage.vram_mb,
@@ -138,7 +154,7 @@ impl<'a> NodeView<'a> {
             free_disk_space: stats.free_disk,
             anka_disk_usage: stats.used_by_us,
             host_arch: known_arch(&node.spec.arch).unwrap_or("amd64"),
-            groups: node.spec.groups.iter().map(group).collect(),
+            groups: groups(view, node),
             templates: cached(view, node),
             usb_devices: None,
             vcpu_override: node.config.vcpu_override,
@@ -177,13 +193,10 @@ fn part(share: f32) -> f32 {
     }
 }
 
-fn group(id: &GroupId) -> GroupView<'_> {
-    GroupView {
-        id: id.as_str(),
-        name: id.as_str(),
-        description: "",
-        fallback_group_id: None,
-    }
+fn groups<'a>(view: View<'a>, node: &'a Node) -> Vec<GroupView<'a>> {
+    let known = |id| view.state.groups.get(id);
+    let one = |id| known(id).map_or_else(|| GroupView::bare(id), GroupView::new);
+    node.groups.iter().map(one).collect()
 }
 
 fn release(version: &str) -> Release<'_> {

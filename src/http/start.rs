@@ -5,17 +5,14 @@ use super::envelope::{Call, int, wrong};
 use super::error::ApiError;
 use mainstay_model::command::Command;
 use mainstay_model::instance::{PortRule, Script, ScriptFailure, StartRequest, Value};
+use mainstay_model::{InstanceId, limits};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
 
-/// Most instances that one request may start.
-pub const COUNT_MAX: u64 = 1_000;
 /// Priority of a request that names none.
-const PRIORITY_DEFAULT: u64 = 1_000;
-/// Lowest priority; 1 is the highest.
-const PRIORITY_MAX: u64 = 10_000;
+const PRIORITY_DEFAULT: u32 = 1_000;
 /// Seconds a script may take when the request does not say.
-const SCRIPT_TIMEOUT_S: u64 = 90;
+const SCRIPT_TIMEOUT_S: u32 = 90;
 /// Largest vCPU count and largest memory in MB that are taken for meant.
 const VCPU_MAX: u64 = 4_096;
 const VRAM_MB_MAX: u64 = 64 << 20;
@@ -35,15 +32,17 @@ const UNSUPPORTED: [&str; 9] = [
     "network_mode",
 ];
 
-/// The command for a start call, with its ids.
-pub fn command(call: &Call) -> Result<Command, ApiError> {
+/// The command for a start call, and the ids that its instances will have.
+pub fn command(call: &Call) -> Result<(Command, Vec<InstanceId>), ApiError> {
     let request = request(call)?;
-    let count = call.int("count", 1..=COUNT_MAX)?.unwrap_or(1);
-    let ids = (0..count).map(|n| call.instance_id(n)).collect();
-    Ok(Command::StartInstances {
-        ids,
+    let max = limits::INSTANCES_PER_REQUEST as u64;
+    let count = call.int("count", 1..=max)?.unwrap_or(1);
+    let ids: Vec<_> = (0..count).map(|n| call.instance_id(n)).collect();
+    let command = Command::StartInstances {
+        ids: ids.clone(),
         request: Box::new(request),
-    })
+    };
+    Ok((command, ids))
 }
 
 fn request(call: &Call) -> Result<StartRequest, ApiError> {
@@ -58,7 +57,8 @@ fn request(call: &Call) -> Result<StartRequest, ApiError> {
         external_id: call.text("external_id")?,
         node: call.text("node_id")?.map(Into::into),
         group: call.text("group_id")?.map(Into::into),
-        priority: small(call, "priority", 1..=PRIORITY_MAX)?.unwrap_or(PRIORITY_DEFAULT as u32),
+        priority: small(call, "priority", 1..=u64::from(limits::PRIORITY_MAX))?
+            .unwrap_or(PRIORITY_DEFAULT),
         script: script(call)?,
         vcpu: small(call, "vcpu", 0..=VCPU_MAX)?.filter(|&n| n > 0),
         vram_mb: small(call, "vram", 0..=VRAM_MB_MAX)?.filter(|&n| n > 0),
@@ -102,9 +102,7 @@ fn script(call: &Call) -> Result<Option<Script>, ApiError> {
         Some(1) => ScriptFailure::Keep,
         Some(_) => ScriptFailure::Delete,
     };
-    let timeout_s = timeout_s
-        .filter(|&s| s > 0)
-        .unwrap_or(SCRIPT_TIMEOUT_S as u32);
+    let timeout_s = timeout_s.filter(|&s| s > 0).unwrap_or(SCRIPT_TIMEOUT_S);
     let body = call.base64("startup_script")?;
     Ok(body.map(|body| Script {
         body,

@@ -11,7 +11,7 @@ async fn parse(body: Json) -> Result<(usize, StartRequest), ApiError> {
         .body(Body::from(body.to_string()))
         .unwrap();
     let call = Call::from_request(request, &()).await.unwrap();
-    match command(&call)? {
+    match command(&call)?.0 {
         Command::StartInstances { ids, request } => Ok((ids.len(), *request)),
         other => panic!("{other:?}"),
     }

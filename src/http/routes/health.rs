@@ -9,7 +9,6 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, header};
 use mainstay_model::State as Cloud;
-use mainstay_model::instance::InstanceState;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -100,7 +99,7 @@ fn figures(cloud: &Cloud, now_ms: u64) -> Stats {
         *instances.entry(instance.state.as_str()).or_default() += 1;
         let age_ms = now_ms.saturating_sub(instance.created_ms);
         recent += u64::from(age_ms < RATE_WINDOW_MS);
-        if instance.state == InstanceState::Scheduling && instance.node.is_none() {
+        if instance.waits() {
             waiting += 1;
             waited_ms = waited_ms.saturating_add(age_ms);
         }

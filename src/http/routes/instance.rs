@@ -1,5 +1,6 @@
 //! Instances: list, show, start, change, terminate.
 
+use crate::app::{AppError, Consistency};
 use crate::http::envelope::{self, Call};
 use crate::http::error::ApiError;
 use crate::http::instances::{InstanceList, InstanceView};
@@ -7,7 +8,7 @@ use crate::http::{ApiState, start};
 use axum::extract::State;
 use axum::response::Response;
 use mainstay_model::command::Command;
-use mainstay_model::{InstanceId, Outcome};
+use mainstay_model::{InstanceId, Outcome, Refusal};
 
 pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = call.text("id")?.map(InstanceId);
@@ -21,25 +22,31 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
                 .instances
                 .get(&id)
                 .ok_or_else(ApiError::not_found)?;
-            envelope::ok(&InstanceView::new(view, instance))
+            envelope::ok(&InstanceView::new(view, instance).explained(view, instance))
         }
     };
     Ok(reading.finish(response))
 }
 
 pub(super) async fn start(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let command = start::command(&call)?;
-    match api
-        .app
-        .submit_as(call.command_id(), command)
-        .await
-        .map_err(ApiError::of_start)?
-    {
-        Outcome::Started(ids) => Ok(envelope::ok(&ids)),
-        other => Err(ApiError::internal(format!(
+    let (command, ids) = start::command(&call)?;
+    match api.app.submit_as(call.command_id(), command).await {
+        Ok(Outcome::Started(ids)) => Ok(envelope::ok(&ids)),
+        Ok(other) => Err(ApiError::internal(format!(
             "a start was answered {other:?}"
         ))),
+        Err(AppError::Refused(Refusal::Conflict(_))) if started(&api, &ids).await? => {
+            Ok(envelope::ok(&ids))
+        }
+        Err(error) => Err(ApiError::of_start(error)),
     }
+}
+
+/// A retry that comes so late that its command is forgotten still finds the instances: their ids
+/// are the same.
+async fn started(api: &ApiState, ids: &[InstanceId]) -> Result<bool, ApiError> {
+    let state = api.app.read(Consistency::Linearizable).await?;
+    Ok(ids.iter().any(|id| state.instances.contains_key(id)))
 }
 
 pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {

@@ -1,6 +1,7 @@
 //! The handlers, by object. Each reads the call, asks the app, converts the answer.
 
 mod cluster;
+mod group;
 mod health;
 mod instance;
 mod node;
@@ -16,6 +17,10 @@ pub(super) fn all() -> Router<ApiState> {
         .post(instance::start)
         .put(instance::update)
         .delete(instance::terminate);
+    let groups = get(group::get)
+        .post(group::create)
+        .put(group::update)
+        .delete(group::remove);
     Router::new()
         .route("/livez", get(health::alive))
         .route("/readyz", get(health::ready))
@@ -25,7 +30,8 @@ pub(super) fn all() -> Router<ApiState> {
         .route("/api/v1/vm", vm)
         .route("/api/v1/node", get(node::get).delete(node::remove))
         .route("/api/v1/node/config", post(node::configure))
-        .route("/api/v1/group", get(node::groups))
+        .route("/api/v1/node/group", post(group::join).delete(group::leave))
+        .route("/api/v1/group", groups)
         .route("/api/v1/image", get(instance::saved_images))
         .route(
             "/api/v1/registry/vm",

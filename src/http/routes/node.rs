@@ -1,4 +1,4 @@
-//! Nodes: list, show, configure, remove; and their groups.
+//! Nodes: list, show, configure, remove.
 
 use crate::http::ApiState;
 use crate::http::envelope::{self, Call, wrong};
@@ -74,12 +74,4 @@ pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Re
     let command = Command::RemoveNode { id: NodeId(id) };
     api.app.submit_as(call.command_id(), command).await?;
     Ok(envelope::done())
-}
-
-/// Node groups: none can be made yet, so there are none.
-pub(super) async fn groups(call: Call) -> Result<Response, ApiError> {
-    match call.text("id")? {
-        None => Ok(envelope::ok::<[(); 0]>(&[])),
-        Some(_) => Err(ApiError::not_found()),
-    }
 }

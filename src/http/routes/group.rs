@@ -1,0 +1,109 @@
+//! Node groups: list, show, create, change, delete; and which nodes are in them.
+
+use crate::app::Consistency;
+use crate::http::ApiState;
+use crate::http::envelope::{self, Call, wrong};
+use crate::http::error::ApiError;
+use crate::http::nodes::GroupView;
+use axum::extract::State;
+use axum::response::Response;
+use mainstay_model::command::Command;
+use mainstay_model::group::Group;
+use mainstay_model::{GroupId, NodeId};
+
+pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+    let id = call.text("id")?.map(GroupId);
+    let reading = api.read(&call).await?;
+    let groups = &reading.view().state.groups;
+    let response = match id {
+        None => envelope::ok(&groups.values().map(GroupView::new).collect::<Vec<_>>()),
+        Some(id) => envelope::ok(&GroupView::new(
+            groups.get(&id).ok_or_else(ApiError::not_found)?,
+        )),
+    };
+    Ok(reading.finish(response))
+}
+
+/// Answers the group. A retry with the same `Idempotency-Key` names the same group.
+pub(super) async fn create(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+    let group = Group {
+        id: GroupId(call.instance_id(0).0),
+        name: call.required("name")?,
+        description: call.text("description")?.unwrap_or_default(),
+        fallback: call.text("fallback_group_id")?.map(GroupId),
+    };
+    let response = envelope::ok(&GroupView::new(&group));
+    api.app
+        .submit_as(call.command_id(), Command::PutGroup { group })
+        .await?;
+    Ok(response)
+}
+
+/// What is not given stays as it is; an explicitly empty fallback ends it.
+pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+    let id = GroupId(call.required("id")?);
+    let (name, description) = (call.text("name")?, call.text("description")?);
+    let fallback = match (
+        call.get("fallback_group_id"),
+        call.text("fallback_group_id")?,
+    ) {
+        (None, _) => None,
+        (Some(_), given) => Some(given.map(GroupId)),
+    };
+    let old = {
+        let state = api.app.read(Consistency::Linearizable).await?;
+        state
+            .groups
+            .get(&id)
+            .cloned()
+            .ok_or_else(ApiError::not_found)?
+    };
+    let group = Group {
+        id,
+        name: name.unwrap_or(old.name),
+        description: description.unwrap_or(old.description),
+        fallback: fallback.unwrap_or(old.fallback),
+    };
+    api.app
+        .submit_as(call.command_id(), Command::PutGroup { group })
+        .await?;
+    Ok(envelope::done())
+}
+
+pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+    let id = GroupId(call.required("id")?);
+    api.app
+        .submit_as(call.command_id(), Command::DeleteGroup { id })
+        .await?;
+    Ok(envelope::done())
+}
+
+pub(super) async fn join(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+    change(&api, &call, true).await
+}
+
+pub(super) async fn leave(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+    change(&api, &call, false).await
+}
+
+async fn change(api: &ApiState, call: &Call, member: bool) -> Result<Response, ApiError> {
+    let nodes = ids(call, "node_ids")?.into_iter().map(NodeId).collect();
+    let groups = ids(call, "group_ids")?.into_iter().map(GroupId).collect();
+    let command = Command::ChangeNodeGroups {
+        nodes,
+        groups,
+        member,
+    };
+    api.app.submit_as(call.command_id(), command).await?;
+    Ok(envelope::done())
+}
+
+fn ids(call: &Call, name: &str) -> Result<Vec<String>, ApiError> {
+    let items = call
+        .list(name)?
+        .ok_or_else(|| ApiError::bad(format!("{name} is required")))?;
+    let texts = items.iter().map(|item| item.as_str().map(str::to_owned));
+    texts
+        .collect::<Option<_>>()
+        .ok_or_else(|| wrong(name, "an array of strings"))
+}
