@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub)]
 
+mod golden;
+mod history;
 mod sample;
 mod script;
 
