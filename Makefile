@@ -1,0 +1,39 @@
+# One word each. `make verify` never edits; `make fix` does.
+.PHONY: help deps demo test torture verify fix bench
+export CARGO_TERM_COLOR ?= always
+
+help:
+	@echo "make demo     a three-member cloud with a real VM on this machine, and a leader killed"
+	@echo "make test     every test but the long forms"
+	@echo "make torture  the long forms: kill -9 cycles, start orders, cut pushes"
+	@echo "make verify   format, lints, documentation; edits nothing"
+	@echo "make fix      what of that can be repaired by a tool"
+	@echo "make bench    the figures in docs"
+	@echo "make deps     installs what tests and demo need (Debian, Ubuntu)"
+
+deps:
+	deploy/install-deps.sh
+
+demo:
+	deploy/demo.sh
+
+test:
+	cargo test --workspace
+
+torture:
+	MAINSTAY_KILL_CYCLES=200 cargo test --test process kill_cycles -- --nocapture
+	MAINSTAY_START_ROUNDS=20 cargo test --test process any_start_order -- --nocapture
+	MAINSTAY_PUSH_CUTS=20 cargo test --test process interrupted_push -- --nocapture
+
+verify:
+	cargo fmt --all -- --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+fix:
+	cargo clippy --workspace --all-targets --fix --allow-dirty --allow-staged
+	cargo fmt --all
+
+bench:
+	cargo build --release
+	benches/versus/run.sh
