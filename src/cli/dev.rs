@@ -80,7 +80,9 @@ impl Cloud {
     }
 
     fn endpoints(&self) -> String {
-        self.ports.map(|port| format!("http://127.0.0.1:{port}")).join(",")
+        self.ports
+            .map(|port| format!("http://127.0.0.1:{port}"))
+            .join(",")
     }
 
     async fn bring_up(&mut self, args: &DevArgs) -> anyhow::Result<()> {
@@ -95,7 +97,10 @@ impl Cloud {
         line(&format!(
             "\ntry, in another terminal:\n  export MAINSTAY_ENDPOINTS={}\n  mainstay status\n  mainstay instance start {TEMPLATE} --wait\n  mainstay instance list\n  kill -9 {}    # the process of member c1; everything goes on\n\nCtrl-C stops all of it; logs are in {}",
             self.endpoints(),
-            self.children.first().and_then(|(_, child)| child.id()).unwrap_or_default(),
+            self.children
+                .first()
+                .and_then(|(_, child)| child.id())
+                .unwrap_or_default(),
             self.dir.display()
         ))?;
         self.watch().await
@@ -109,9 +114,11 @@ impl Cloud {
             let name = format!("c{n}");
             let mut command = self.command();
             command.args(["server", "--name", &name, "--initial-cluster", &list]);
-            for (flag, at) in
-                [("--listen", port), ("--registry-listen", port - 1), ("--peer-listen", port + 1)]
-            {
+            for (flag, at) in [
+                ("--listen", port),
+                ("--registry-listen", port - 1),
+                ("--peer-listen", port + 1),
+            ] {
                 command.args([flag, &format!("127.0.0.1:{at}")]);
             }
             command.arg("--data-dir").arg(self.dir.join(&name));
@@ -122,7 +129,15 @@ impl Cloud {
 
     fn start_node(&mut self, driver: Option<&str>) -> anyhow::Result<()> {
         let mut command = self.command();
-        command.args(["node", "join", &self.endpoints(), "--name", "node1", "--host", "127.0.0.1"]);
+        command.args([
+            "node",
+            "join",
+            &self.endpoints(),
+            "--name",
+            "node1",
+            "--host",
+            "127.0.0.1",
+        ]);
         command.arg("--data-dir").arg(self.dir.join("node1"));
         if let Some(driver) = driver {
             command.args(["--driver", driver]);
@@ -133,7 +148,10 @@ impl Cloud {
     fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
         // A group of their own: Ctrl-C is ours, the children end in order.
-        command.stdin(Stdio::null()).process_group(0).kill_on_drop(true);
+        command
+            .stdin(Stdio::null())
+            .process_group(0)
+            .kill_on_drop(true);
         // What the caller's shell says to clients and servers is not meant for these.
         for name in ["NAME", "CONFIG", "INITIAL_CLUSTER", "DATA_DIR", "ENDPOINTS"] {
             command.env_remove(format!("MAINSTAY_{name}"));
@@ -154,14 +172,25 @@ impl Cloud {
     }
 
     async fn wait_ready(&mut self) -> anyhow::Result<()> {
-        let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(3)).build()?;
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(Duration::from_secs(3))
+            .build()?;
         let until = Instant::now() + READY_MAX;
         for port in self.ports {
             let url = format!("http://127.0.0.1:{port}/readyz");
-            while !http.get(&url).send().await.is_ok_and(|answer| answer.status() == 200) {
+            while !http
+                .get(&url)
+                .send()
+                .await
+                .is_ok_and(|answer| answer.status() == 200)
+            {
                 self.check()?;
                 if Instant::now() > until {
-                    bail!("{url} is not ready after {READY_MAX:?}: see {}", self.dir.display());
+                    bail!(
+                        "{url} is not ready after {READY_MAX:?}: see {}",
+                        self.dir.display()
+                    );
                 }
                 tokio::time::sleep(POLL).await;
             }
@@ -174,20 +203,41 @@ impl Cloud {
         for (name, child) in &mut self.children {
             if let Some(status) = child.try_wait()? {
                 let path = self.dir.join(format!("{name}.log"));
-                bail!("{name} ended ({status}); the end of {}:\n{}", path.display(), tail(&path));
+                bail!(
+                    "{name} ended ({status}); the end of {}:\n{}",
+                    path.display(),
+                    tail(&path)
+                );
             }
         }
         Ok(())
     }
 
     async fn push(&self, disk: &Path) -> anyhow::Result<()> {
-        let client = ApiClient::new(&[self.endpoints()].join(",").split(',').map(str::to_owned).collect::<Vec<_>>())?;
+        let client = ApiClient::new(
+            &[self.endpoints()]
+                .join(",")
+                .split(',')
+                .map(str::to_owned)
+                .collect::<Vec<_>>(),
+        )?;
         let templates: Vec<Value> = client.get("/api/v1/registry/vm").await?;
-        if templates.iter().any(|template| template["name"] == TEMPLATE) {
+        if templates
+            .iter()
+            .any(|template| template["name"] == TEMPLATE)
+        {
             return Ok(());
         }
         let mut command = self.command();
-        command.args(["template", "push", TEMPLATE, "--tag", "v1", "--endpoints", &self.endpoints()]);
+        command.args([
+            "template",
+            "push",
+            TEMPLATE,
+            "--tag",
+            "v1",
+            "--endpoints",
+            &self.endpoints(),
+        ]);
         let status = command.arg("--disk").arg(disk).status().await?;
         if !status.success() {
             bail!("the template {TEMPLATE} could not be pushed");
@@ -208,7 +258,10 @@ impl Cloud {
             }
             self.children.retain(|(name, _)| !gone.contains(name));
             if self.children.is_empty() {
-                bail!("every process has ended: see the logs in {}", self.dir.display());
+                bail!(
+                    "every process has ended: see the logs in {}",
+                    self.dir.display()
+                );
             }
         }
     }
@@ -238,14 +291,22 @@ impl Cloud {
         let client = ApiClient::new(&urls)?;
         let live: Vec<Value> =
             tokio::time::timeout(Duration::from_secs(5), client.get("/api/v1/vm")).await??;
-        let ids: Vec<_> =
-            live.iter().filter_map(|vm| vm["instance_id"].as_str().or(vm["id"].as_str())).collect();
+        let ids: Vec<_> = live
+            .iter()
+            .filter_map(|vm| vm["instance_id"].as_str().or(vm["id"].as_str()))
+            .collect();
         if ids.is_empty() {
             return Ok(());
         }
         let mut command = self.command();
         command.args(["instance", "terminate"]).args(ids);
-        command.args(["--wait", "--timeout", VMS_END_SECONDS, "--endpoints", &self.endpoints()]);
+        command.args([
+            "--wait",
+            "--timeout",
+            VMS_END_SECONDS,
+            "--endpoints",
+            &self.endpoints(),
+        ]);
         let status = command.stdout(Stdio::null()).status().await?;
         if !status.success() {
             bail!("not every VM ended in {VMS_END_SECONDS} s");
