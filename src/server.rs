@@ -18,7 +18,6 @@ use crate::{agents, cli, http as rest, stamp};
 use anyhow::{Context, anyhow, bail};
 use axum::Router;
 use axum::http::StatusCode;
-use axum::response::IntoResponse;
 use mainstay_model::{MemberId, State};
 use mainstay_raft::{Group, GroupConfig};
 use mainstay_storage::chunks::ChunkStore;
@@ -51,7 +50,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         () = stop.wanted() => return Ok(()),
     };
     let member = Box::pin(Member::start(&port, &cluster_id)).await?;
-    doors.set(&port, &member);
+    let guard = tokio::spawn(guard(doors, Arc::clone(&port), member.routers(&port)));
     let staying = founding::stay(Arc::clone(&port), member.group.clone(), cluster_id.clone());
     let mut staying = tokio::spawn(staying);
     tracing::info!(cluster = %cluster_id, api = %port.member.api_url, "serving");
@@ -67,6 +66,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         },
     };
     staying.abort();
+    guard.abort();
     if ended.is_ok() {
         tracing::info!("stopping");
         if tokio::time::timeout(STOP_MAX, member.stop(closing))
@@ -162,6 +162,7 @@ fn open(config: Config, ports: &Ports) -> anyhow::Result<Arc<PeerPort>> {
         http,
         group: OnceLock::new(),
         learnt: Notify::new(),
+        outnumbered: watch::channel(None).0,
         notices: Notices::default(),
     }))
 }
@@ -194,10 +195,39 @@ impl Doors {
         serve(ports.peer, &doors.peer, true);
         doors
     }
+}
 
-    fn set(&self, port: &Arc<PeerPort>, member: &Member) {
-        self.api.set(rest::router(member.api.clone()));
-        self.peer.set(peer::router(port, Router::new()));
+/// What each port answers once this member is in a cluster.
+struct Routers {
+    api: Router,
+    registry: Router,
+    peer: Router,
+}
+
+/// Put the routers behind the ports, and take them away from clients while the members around us are
+/// another cluster's.
+async fn guard(doors: Doors, port: Arc<PeerPort>, routers: Routers) {
+    doors.peer.set(routers.peer);
+    let mut outnumbered = port.outnumbered.subscribe();
+    loop {
+        let now = *outnumbered.borrow_and_update();
+        match now {
+            None => {}
+            Some(true) => {
+                tracing::error!(
+                    "most members of the list are in another cluster: clients are not served"
+                );
+                doors.api.set(not_ready(&port));
+                doors.registry.set(not_ready(&port));
+            }
+            Some(false) => {
+                doors.api.set(routers.api.clone());
+                doors.registry.set(routers.registry.clone());
+            }
+        }
+        if outnumbered.changed().await.is_err() {
+            return;
+        }
     }
 }
 
@@ -209,8 +239,13 @@ fn not_ready(port: &Arc<PeerPort>) -> Router {
         if why.is_empty() {
             why.push_str("starting");
         }
-        rest::error::ApiError::unavailable(format!("not part of a cluster yet: {why}"))
-            .into_response()
+        let message = format!("this member is not ready: {why}");
+        let body = serde_json::json!({"status": "FAIL", "message": message});
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            [("retry-after", "1")],
+            axum::Json(body),
+        )
     };
     Router::new()
         .route(
@@ -285,6 +320,14 @@ impl Member {
             group,
             api: ApiState::new(app, liveness, about),
         })
+    }
+
+    fn routers(&self, port: &Arc<PeerPort>) -> Routers {
+        Routers {
+            api: rest::router(self.api.clone()),
+            registry: not_ready(port),
+            peer: peer::router(port, Router::new()),
+        }
     }
 
     /// Hand over the lead while everything still works, finish requests, checkpoint.

@@ -79,10 +79,15 @@ impl Cloud {
         })
     }
 
-    fn endpoints(&self) -> String {
+    fn urls(&self) -> Vec<String> {
         self.ports
+            .iter()
             .map(|port| format!("http://127.0.0.1:{port}"))
-            .join(",")
+            .collect()
+    }
+
+    fn endpoints(&self) -> String {
+        self.urls().join(",")
     }
 
     async fn bring_up(&mut self, args: &DevArgs) -> anyhow::Result<()> {
@@ -214,13 +219,7 @@ impl Cloud {
     }
 
     async fn push(&self, disk: &Path) -> anyhow::Result<()> {
-        let client = ApiClient::new(
-            &[self.endpoints()]
-                .join(",")
-                .split(',')
-                .map(str::to_owned)
-                .collect::<Vec<_>>(),
-        )?;
+        let client = ApiClient::new(&self.urls())?;
         let templates: Vec<Value> = client.get("/api/v1/registry/vm").await?;
         if templates
             .iter()
@@ -287,8 +286,7 @@ impl Cloud {
     }
 
     async fn end_vms(&self) -> anyhow::Result<()> {
-        let urls: Vec<_> = self.endpoints().split(',').map(str::to_owned).collect();
-        let client = ApiClient::new(&urls)?;
+        let client = ApiClient::new(&self.urls())?;
         let live: Vec<Value> =
             tokio::time::timeout(Duration::from_secs(5), client.get("/api/v1/vm")).await??;
         let ids: Vec<_> = live

@@ -9,6 +9,7 @@ use crate::peer::wire::{FoundingCall, FoundingReply, HelloReply, JoinReply};
 use crate::peer::{PeerClient, PeerError, PeerPort};
 use futures::future::join_all;
 use mainstay_raft::{Group, Role, Status};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,11 +18,15 @@ const ROUND_PAUSE: Duration = Duration::from_millis(300);
 /// Rounds that a member later in the list leaves to those before it, per place: fewer duels.
 const PATIENCE: u32 = 4;
 /// Pause between two looks at a healthy group.
-const CALM_PAUSE: Duration = Duration::from_secs(2);
+const CALM_PAUSE: Duration = Duration::from_secs(5);
 
 /// What one round of greetings found.
 #[derive(Default)]
 struct RollCall {
+    /// Peers that are part of our cluster and would have us: indexes in the list.
+    ours: Vec<usize>,
+    /// How many peers are part of each other cluster.
+    foreign: BTreeMap<String, usize>,
     /// Peers without a cluster that would have us: indexes in the list.
     fresh: Vec<usize>,
     /// A cluster that would have us.
@@ -136,6 +141,14 @@ async fn roll_call(port: &PeerPort) -> RollCall {
         let notice = match asked {
             Ok(reply) if reply.refusal.is_some() => {
                 seen.refused_by_cluster |= reply.cluster_id.is_some();
+                if let Some(theirs) = reply.cluster_id
+                    && hello
+                        .cluster_id
+                        .as_ref()
+                        .is_some_and(|ours| *ours != theirs)
+                {
+                    *seen.foreign.entry(theirs).or_default() += 1;
+                }
                 reply.refusal
             }
             Ok(reply) if reply.name != entry.name => Some(format!(
@@ -143,6 +156,9 @@ async fn roll_call(port: &PeerPort) -> RollCall {
                 entry.url, reply.name, entry.name
             )),
             Ok(reply) => {
+                if reply.cluster_id.is_some() && reply.cluster_id == hello.cluster_id {
+                    seen.ours.push(at);
+                }
                 match (&reply.cluster_id, reply.charter) {
                     (_, Some(charter)) => seen.charter = Some(charter),
                     (Some(id), None) => seen.cluster = Some(id.clone()),
@@ -273,18 +289,25 @@ pub async fn stay(
             on_ledger(&port, |port| port.ledger.set_joined()).await?;
             tracing::info!(cluster = %cluster_id, "this member is a voter");
         }
+        initialise(&port, &group).await;
+        let seen = roll_call(&port).await;
+        // The smaller part yields: with a foreign data directory we would serve another cloud's state
+        // to clients that mean the one around us.
+        let outnumbered = seen
+            .foreign
+            .values()
+            .any(|theirs| *theirs > 1 + seen.ours.len());
+        port.outnumbered
+            .send_if_modified(|now| now.replace(outnumbered) != Some(outnumbered));
         if settled && status.leader.is_some() {
-            for (_, entry) in others(&port) {
-                port.notices.set(&entry.name, None);
-            }
             port.notices.set("group", None);
             tokio::time::sleep(CALM_PAUSE).await;
             continue;
         }
-        initialise(&port, &group).await;
-        roll_call(&port).await;
-        if !settled {
-            ask_to_join(&port, &http, &mut next_peer).await;
+        if !settled && !seen.ours.is_empty() {
+            let at = seen.ours[next_peer % seen.ours.len()];
+            next_peer += 1;
+            ask_to_join(&port, &http, &port.config.list[at]).await;
         }
         pause(&port).await;
     }
@@ -318,20 +341,13 @@ async fn initialise(port: &PeerPort, group: &Group) {
     }
 }
 
-/// Ask one peer after the other to take us in. A member that was a voter once only announces new
-/// addresses: if an operator removed it, it stays removed.
-async fn ask_to_join(port: &PeerPort, http: &PeerClient, next: &mut usize) {
-    let peers: Vec<_> = others(port).collect();
-    if peers.is_empty() {
-        return;
-    }
-    let (_, entry) = peers[*next % peers.len()];
-    *next += 1;
+/// Ask a peer to take us in, or to announce our new addresses.
+async fn ask_to_join(port: &PeerPort, http: &PeerClient, entry: &Entry) {
     let asked = http
         .ask::<JoinReply>(&entry.url, "/peer/v1/join", &port.hello(), JOIN_TIMEOUT)
         .await;
     match asked {
-        Ok(JoinReply::Voter | JoinReply::Learner) => port.notices.set(&entry.name, None),
+        Ok(JoinReply::Voter | JoinReply::Learner) => {}
         Err(PeerError::Refused(sentence)) => port.notices.set(&entry.name, Some(sentence)),
         Err(PeerError::Unreachable(why)) => tracing::debug!(peer = %entry.name, "{why}"),
     }

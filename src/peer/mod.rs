@@ -28,7 +28,7 @@ use mainstay_raft::{Group, Member};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use wire::Hello;
 
 /// What the peer port and the founding share.
@@ -45,6 +45,9 @@ pub struct PeerPort {
     pub group: OnceLock<Group>,
     /// Woken when something was learnt from a peer's call.
     pub learnt: Notify,
+    /// More members of the list are part of another cluster than of ours: clients must not be served.
+    /// `None` until the others were asked once.
+    pub outnumbered: watch::Sender<Option<bool>>,
     /// What stands in this member's way, for its operator.
     pub notices: Notices,
 }
@@ -92,6 +95,9 @@ impl Notices {
 
     /// Everything that is said at the moment.
     pub fn all(&self) -> Vec<String> {
-        self.0.lock().values().cloned().collect()
+        let mut all: Vec<_> = self.0.lock().values().cloned().collect();
+        all.sort();
+        all.dedup();
+        all
     }
 }
