@@ -1,0 +1,189 @@
+//! What every driver must do. Timings differ, states do not.
+
+use base64::Engine as _;
+use mainstay_agent::driver::{Driver, DriverError, VmSeen, VmSpec};
+use mainstay_agent::wire::{PortRule, Script};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A driver to test and what the suite cannot do through the trait.
+#[async_trait::async_trait]
+pub(crate) trait Rig: Sync {
+    /// The driver as a freshly started agent has it. There is at most one at a time.
+    async fn open(&self) -> Arc<dyn Driver>;
+    /// The VM dies, unasked.
+    async fn kill(&self, id: &str);
+    /// A disk to start from.
+    fn base(&self) -> PathBuf;
+}
+
+pub(crate) fn spec(id: &str, base: &Path) -> VmSpec {
+    VmSpec {
+        id: id.into(),
+        generation: 12,
+        name: format!("vm-{id}"),
+        base: base.into(),
+        base_format: "qcow2".into(),
+        vcpu: 1,
+        ram_mb: 256,
+        forwards: vec![PortRule {
+            name: "http".into(),
+            guest_port: 80,
+            host_port: 0,
+        }],
+        host_ip: "192.0.2.1".into(),
+    }
+}
+
+pub(crate) fn script(text: &str, timeout_s: u32) -> Script {
+    let body = base64::engine::general_purpose::STANDARD.encode(text);
+    Script {
+        body,
+        monitored: true,
+        timeout_s,
+        ..Script::default()
+    }
+}
+
+pub(crate) async fn only(driver: &dyn Driver) -> VmSeen {
+    let mut seen = driver.list().await.unwrap();
+    assert_eq!(seen.len(), 1, "{seen:?}");
+    seen.remove(0)
+}
+
+pub(crate) async fn run_all(rig: &dyn Rig) {
+    nothing_there(rig).await;
+    life(rig).await;
+    sudden_death(rig).await;
+}
+
+/// Verbs on what does not exist: nothing to stop or delete, nothing to talk to.
+async fn nothing_there(rig: &dyn Rig) {
+    let driver = rig.open().await;
+    assert!(driver.list().await.unwrap().is_empty());
+    driver.stop("none").await.unwrap();
+    driver.delete("none").await.unwrap();
+    assert!(driver.ready("none", true).await.is_err());
+    assert!(
+        driver
+            .run_script("none", &script("exit 0", 5))
+            .await
+            .is_err()
+    );
+    for id in ["", ".hidden", "../up", "a/b", "-flag", "a b"] {
+        let refused = driver.start(&spec(id, &rig.base())).await;
+        assert!(
+            matches!(refused, Err(DriverError::Failed(_))),
+            "{id:?}: {refused:?}"
+        );
+    }
+    assert!(driver.list().await.unwrap().is_empty());
+}
+
+async fn life(rig: &dyn Rig) {
+    let driver = rig.open().await;
+    let wanted = spec("life", &rig.base());
+    let started = driver.start(&wanted).await.unwrap();
+    assert_eq!(
+        (started.status.as_str(), started.name.as_str()),
+        ("running", "vm-life")
+    );
+    assert_eq!((started.cpu_cores, started.ram_mb), (1, 256));
+    assert_eq!(started.host_ip, "192.0.2.1");
+    assert_eq!(started.port_forwarding.len(), 1);
+    assert_ne!(started.port_forwarding[0].host_port, 0);
+    assert_eq!(
+        driver.start(&wanted).await.unwrap(),
+        started,
+        "a second start changes nothing"
+    );
+
+    let ready = driver.ready("life", true).await.unwrap();
+    assert!(!ready.ip.is_empty());
+    let seen = only(&*driver).await;
+    assert_eq!((seen.id.as_str(), seen.generation), ("life", 12));
+    assert_eq!((&seen.facts, seen.message.as_str()), (&ready, ""));
+
+    scripts(&*driver).await;
+
+    // The agent restarts: everything is as it was.
+    drop(driver);
+    let driver = rig.open().await;
+    assert_eq!(only(&*driver).await.facts, ready);
+    assert_eq!(driver.start(&wanted).await.unwrap(), ready);
+    assert_eq!(driver.ready("life", true).await.unwrap(), ready);
+    let again = driver
+        .run_script("life", &script("echo again", 60))
+        .await
+        .unwrap();
+    assert_eq!((again.return_code, again.stdout.as_str()), (0, "again\n"));
+
+    driver.stop("life").await.unwrap();
+    driver.stop("life").await.unwrap();
+    let seen = only(&*driver).await;
+    assert_eq!(seen.facts.status, "stopped", "{}", seen.message);
+    assert!(!seen.message.is_empty());
+    assert_eq!(
+        driver.start(&wanted).await.unwrap().status,
+        "stopped",
+        "left as it is"
+    );
+    assert!(driver.ready("life", false).await.is_err());
+
+    driver.delete("life").await.unwrap();
+    assert!(driver.list().await.unwrap().is_empty());
+    driver.delete("life").await.unwrap();
+}
+
+async fn scripts(driver: &dyn Driver) {
+    let good = driver
+        .run_script("life", &script("echo hello\nexit 0", 60))
+        .await
+        .unwrap();
+    assert_eq!((good.return_code, good.did_timeout), (0, false));
+    assert_eq!(
+        (good.stdout.as_str(), good.stderr.as_str()),
+        ("hello\n", "")
+    );
+    let bad = driver
+        .run_script("life", &script("echo no >&2\nexit 7", 60))
+        .await
+        .unwrap();
+    assert_eq!(
+        (bad.return_code, bad.stderr.as_str(), bad.did_timeout),
+        (7, "no\n", false)
+    );
+    let begun = Instant::now();
+    let slow = script("echo before\nsleep 300\necho after", 2);
+    let slow = driver.run_script("life", &slow).await.unwrap();
+    assert!(slow.did_timeout);
+    assert_eq!(slow.stdout, "before\n");
+    assert!((Duration::from_secs(2)..Duration::from_secs(100)).contains(&begun.elapsed()));
+    let broken = Script {
+        body: "!".into(),
+        ..script("", 5)
+    };
+    assert!(driver.run_script("life", &broken).await.is_err());
+}
+
+async fn sudden_death(rig: &dyn Rig) {
+    let driver = rig.open().await;
+    driver.start(&spec("victim", &rig.base())).await.unwrap();
+    assert_eq!(only(&*driver).await.facts.status, "running");
+    rig.kill("victim").await;
+    let seen = only(&*driver).await;
+    assert_eq!(seen.facts.status, "failed");
+    assert!(!seen.message.is_empty());
+    let silent = driver.ready("victim", false).await.unwrap_err().to_string();
+    assert!(silent.contains(&seen.message), "{silent}");
+    assert!(
+        driver
+            .run_script("victim", &script("exit 0", 5))
+            .await
+            .is_err()
+    );
+    driver.stop("victim").await.unwrap();
+    driver.delete("victim").await.unwrap();
+    assert!(driver.list().await.unwrap().is_empty());
+}

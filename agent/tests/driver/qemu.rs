@@ -1,0 +1,312 @@
+//! Real VMs pass the suite; and what only real VMs have: ports that answer, processes, half-made folders.
+
+use crate::conformance::{self, Rig, only, script, spec};
+use crate::guest;
+use mainstay_agent::driver::qemu::{QemuConfig, QemuDriver};
+use mainstay_agent::driver::{Driver, DriverError};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+/// A state folder whose name is too long for a socket's path, gone with its VMs at the end.
+struct State(tempfile::TempDir);
+
+impl State {
+    fn new() -> State {
+        State(
+            tempfile::Builder::new()
+                .prefix(&"long-".repeat(25))
+                .tempdir()
+                .unwrap(),
+        )
+    }
+
+    async fn open(&self) -> QemuDriver {
+        QemuDriver::open(QemuConfig::new(self.0.path()))
+            .await
+            .unwrap()
+    }
+
+    fn vm(&self, id: &str) -> PathBuf {
+        self.0.path().canonicalize().unwrap().join("vms").join(id)
+    }
+
+    fn pid(&self, id: &str) -> String {
+        std::fs::read_to_string(self.vm(id).join("pid"))
+            .unwrap()
+            .trim()
+            .to_string()
+    }
+}
+
+impl Drop for State {
+    /// A test that failed half way must not leave machines running.
+    fn drop(&mut self) {
+        let Ok(vms) = std::fs::read_dir(self.0.path().join("vms")) else {
+            return;
+        };
+        for vm in vms.flatten() {
+            let pidfile = self.vm(&vm.file_name().to_string_lossy()).join("pid");
+            let Ok(pid) = std::fs::read_to_string(&pidfile) else {
+                continue;
+            };
+            let line = std::fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
+            if String::from_utf8_lossy(&line).contains(&*pidfile.to_string_lossy()) {
+                let _ = Command::new("kill").args(["-KILL", pid.trim()]).status();
+            }
+        }
+    }
+}
+
+struct QemuRig {
+    state: State,
+    base: PathBuf,
+}
+
+#[async_trait::async_trait]
+impl Rig for QemuRig {
+    async fn open(&self) -> Arc<dyn Driver> {
+        Arc::new(self.state.open().await)
+    }
+
+    async fn kill(&self, id: &str) {
+        let pid = self.state.pid(id);
+        assert!(
+            Command::new("kill")
+                .args(["-KILL", &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !std::fs::read(format!("/proc/{pid}/cmdline"))
+            .unwrap_or_default()
+            .is_empty()
+        {
+            assert!(Instant::now() < deadline);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    fn base(&self) -> PathBuf {
+        self.base.clone()
+    }
+}
+
+#[tokio::test]
+async fn qemu_is_a_driver() {
+    let rig = QemuRig {
+        state: State::new(),
+        base: guest::tiny(),
+    };
+    conformance::run_all(&rig).await;
+}
+
+/// What the guest's web server says to a client outside.
+async fn fetch(port: u16, path: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
+    stream
+        .write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())
+        .await?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await?;
+    Ok(text)
+}
+
+async fn fetch_until(port: u16, path: &str, wanted: &str) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let got = tokio::time::timeout(Duration::from_secs(5), fetch(port, path)).await;
+        if matches!(&got, Ok(Ok(text)) if text.contains(wanted)) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{got:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test]
+async fn two_vms_at_once_have_ports_scripts_and_disks_of_their_own() {
+    let (state, base) = (State::new(), guest::tiny());
+    let before = std::fs::read(&base).unwrap();
+    let driver = state.open().await;
+    let boot = async |id: &str| {
+        driver.start(&spec(id, &base)).await.unwrap();
+        driver.ready(id, true).await.unwrap()
+    };
+    let (a, b) = tokio::join!(boot("a"), boot("b"));
+    assert_ne!(
+        a.port_forwarding[0].host_port,
+        b.port_forwarding[0].host_port
+    );
+    for (id, facts) in [("a", &a), ("b", &b)] {
+        let mark = script(&format!("echo disk-of-{id} >/srv/www/mark && sync"), 60);
+        assert_eq!(driver.run_script(id, &mark).await.unwrap().return_code, 0);
+        let port = facts.port_forwarding[0].host_port;
+        fetch_until(port, "/mark", &format!("disk-of-{id}")).await;
+        fetch_until(port, "/hostname", "mainstay-guest").await;
+    }
+    let mut taken = spec("c", &base);
+    taken.forwards[0].host_port = a.port_forwarding[0].host_port;
+    let refused = driver.start(&taken).await;
+    assert!(matches!(refused, Err(DriverError::Busy(_))), "{refused:?}");
+    driver.delete("c").await.unwrap();
+    demanding_scripts(&driver).await;
+    adoption_of_an_interrupted_start(&state, driver).await;
+    assert!(
+        std::fs::read(&base).unwrap() == before,
+        "the shared base was written to"
+    );
+}
+
+async fn demanding_scripts(driver: &QemuDriver) {
+    let run = async |text: &str, seconds: u32| {
+        driver
+            .run_script("a", &script(text, seconds))
+            .await
+            .unwrap()
+    };
+    let reads = run("cat\necho whole", 60).await;
+    assert_eq!(
+        reads.stdout, "whole\n",
+        "a script must not be its own input"
+    );
+    assert_eq!(
+        run("#!/bin/awk -f\nBEGIN { print 6*7; exit 3 }\n", 60)
+            .await
+            .stdout,
+        "42\n"
+    );
+    let long = run("yes | head -c 2000000; echo END", 120).await;
+    assert_eq!(long.stdout.len(), 1 << 20);
+    assert!(long.stdout.ends_with("END\n"));
+    let left = run("sleep 4321 & sleep 4321", 2).await;
+    assert!(left.did_timeout);
+    let survivors = run("ps | grep -c '[s]leep 4321'", 60).await;
+    assert_eq!(survivors.stdout, "0\n", "a timeout kills all of the script");
+    let clock = run("date +%s", 60).await;
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    let drift = clock
+        .stdout
+        .trim()
+        .parse::<u64>()
+        .unwrap()
+        .abs_diff(now.as_secs());
+    assert!(drift < 60, "the guest's clock is off by {drift} s");
+}
+
+/// The agent died between QEMU's start and the note of it: the VM is adopted, not started twice.
+async fn adoption_of_an_interrupted_start(state: &State, driver: QemuDriver) {
+    let before = driver.list().await.unwrap();
+    drop(driver);
+    std::fs::remove_file(state.vm("a").join("run.json")).unwrap();
+    let driver = state.open().await;
+    let after = driver.list().await.unwrap();
+    assert_eq!(after.len(), 2);
+    assert_eq!(after[0].facts.status, "running");
+    assert_eq!(
+        after[0].facts.port_forwarding,
+        before[0].facts.port_forwarding
+    );
+    assert_eq!(
+        driver.ready("a", true).await.unwrap().ip,
+        before[0].facts.ip
+    );
+    driver.delete("a").await.unwrap();
+    driver.delete("b").await.unwrap();
+    assert!(driver.list().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn leftovers_of_a_crash_are_swept_and_do_not_stand_in_the_way() {
+    let (state, base) = (State::new(), guest::tiny());
+    let driver = state.open().await;
+    // Died while making, while deleting, and between the folder and QEMU's start.
+    for name in [".x.new", ".y.gone"] {
+        std::fs::create_dir(state.vm(name)).unwrap();
+        std::fs::write(state.vm(name).join("overlay.qcow2"), "half").unwrap();
+    }
+    driver.start(&spec("z", &base)).await.unwrap();
+    let rig_pid = state.pid("z");
+    assert!(
+        Command::new("kill")
+            .args(["-KILL", &rig_pid])
+            .status()
+            .unwrap()
+            .success()
+    );
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while only(&driver).await.facts.status != "failed" {
+        assert!(Instant::now() < deadline);
+    }
+    std::fs::remove_file(state.vm("z").join("run.json")).unwrap();
+    // A start completes it...
+    assert_eq!(
+        driver.start(&spec("z", &base)).await.unwrap().status,
+        "running"
+    );
+    driver.delete("z").await.unwrap();
+    assert!(driver.list().await.unwrap().is_empty());
+    // ...and a list sweeps the rest.
+    let left = std::fs::read_dir(state.vm("")).unwrap().count();
+    assert_eq!(left, 0);
+}
+
+#[tokio::test]
+async fn disks_that_are_not_what_they_seem_are_refused() {
+    let state = State::new();
+    let driver = state.open().await;
+    let dir = state.0.path().canonicalize().unwrap();
+    let image = |args: &[&str]| {
+        let run = Command::new("qemu-img")
+            .args(args)
+            .current_dir(&dir)
+            .output()
+            .unwrap();
+        assert!(run.status.success(), "{run:?}");
+    };
+    image(&["create", "-q", "-f", "raw", "plain.raw", "1M"]);
+    image(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "plain.raw",
+        "-F",
+        "raw",
+        "top.qcow2",
+    ]);
+    image(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "data_file=d.raw,data_file_raw=on",
+        "data.qcow2",
+        "1M",
+    ]);
+    for (file, format, why) in [
+        ("top.qcow2", "qcow2", "backing file"),
+        ("data.qcow2", "qcow2", "another file"),
+        ("plain.raw", "qcow2", "not in qcow2 format"),
+        ("plain.raw", "vmdk", "not qcow2 or raw"),
+        ("missing.raw", "raw", "No such file"),
+    ] {
+        let mut wanted = spec("bad", Path::new(&dir.join(file)));
+        wanted.base_format = format.into();
+        let refused = driver.start(&wanted).await.unwrap_err();
+        assert!(
+            matches!(refused, DriverError::Failed(_)),
+            "{file}: {refused}"
+        );
+        assert!(refused.to_string().contains(why), "{file}: {refused}");
+    }
+    assert!(driver.list().await.unwrap().is_empty());
+}
