@@ -5,8 +5,8 @@
 //! | `POST /agent/v1/register` [`RegisterRequest`] -> [`RegisterResponse`] | join or come back; idempotent by node id |
 //! | `GET /agent/v1/desired?node_id=N` -> stream of [`DesiredSet`], one JSON object per line | first line at once, then one whenever the set changes, and the same again every few seconds as keepalive |
 //! | `POST /agent/v1/report` [`Report`] -> [`ReportResponse`] | heartbeat and observations; on a follower forwarded to the leader |
-//! | `GET /agent/v1/manifest?digest=HEX` (registry port) | a template's manifest |
-//! | `POST /agent/v1/chunks` (registry port) | chunks by digest, in stored form |
+//!
+//! Images come from the registry port: see [`crate::transfer::api`].
 
 use serde::{Deserialize, Serialize};
 

@@ -1,7 +1,46 @@
 //! The template registry: push, replication, pull, and the registry's own REST dialect.
 //! Refuses to know how members are authenticated: requests to peers come ready made.
+//!
+//! * `catalog`: what is needed of the replicated state, so that tests can do without consensus.
+//! * `transfer`: chunks in and out.
+//! * `publish`: from chunks to a tag.
+//! * `walk`: what a manifest reaches, and what of it is lacking here.
+//! * `fetch`: chunks from other members.
+//! * `replicate`: makes this member hold every tag; `replicas` shows how far that is.
+//! * `dialect`: the registry's REST dialect for third parties.
+//! * `answer`: envelope, parameters, refusals.
+//!
+//! ```text
+//! push -> chunks durable here -> PublishTag -> peers see it, fetch, verify, fsync -> ReportHeld -> visible
+//! ```
 
+mod answer;
+mod catalog;
+mod dialect;
+mod fetch;
+mod publish;
+mod replicas;
+mod replicate;
+#[cfg(test)]
+mod tests;
+mod transfer;
+mod walk;
+
+pub use catalog::Catalog;
+
+use axum::Router;
+use axum::routing::{delete, get, post, put};
+use mainstay_agent::transfer::api;
 use mainstay_model::MemberId;
+use mainstay_storage::chunks::ChunkStore;
+use std::sync::Arc;
+use tokio::sync::{Notify, Semaphore};
+use tower::util::MapRequest;
+
+/// Requests that write chunks at once: each holds up to 16 MiB.
+const WRITERS_MAX: usize = 12;
+/// Fetches from other members on behalf of pulling clients at once.
+const READ_THROUGH_MAX: usize = 8;
 
 /// Requests to other members' peer ports, with whatever proves who we are.
 pub trait PeerHttp: Send + Sync + 'static {
@@ -13,4 +52,86 @@ pub trait PeerHttp: Send + Sync + 'static {
         member: MemberId,
         path: &str,
     ) -> Option<reqwest::RequestBuilder>;
+}
+
+/// One member's registry.
+pub struct RegistryService {
+    catalog: Arc<dyn Catalog>,
+    chunks: ChunkStore,
+    member: MemberId,
+    peers: Arc<dyn PeerHttp>,
+    version: String,
+    writers: Semaphore,
+    read_through: Semaphore,
+    progress: replicas::ProgressMap,
+    /// A stored chunk turned out damaged: what we say we hold must be checked again.
+    damage: Notify,
+}
+
+impl RegistryService {
+    /// The registry of `member`. `version` is shown by `/registry/status`.
+    pub fn new(
+        catalog: Arc<dyn Catalog>,
+        chunks: ChunkStore,
+        member: MemberId,
+        peers: Arc<dyn PeerHttp>,
+        version: String,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            catalog,
+            chunks,
+            member,
+            peers,
+            version,
+            writers: Semaphore::new(WRITERS_MAX),
+            read_through: Semaphore::new(READ_THROUGH_MAX),
+            progress: replicas::ProgressMap::default(),
+            damage: Notify::new(),
+        })
+    }
+
+    /// Make this member hold every tag. Runs until it is dropped; spawn it once.
+    pub async fn replicate(self: Arc<Self>) {
+        replicate::run(self).await;
+    }
+
+    /// The chunk store.
+    pub fn chunks(&self) -> &ChunkStore {
+        &self.chunks
+    }
+}
+
+/// The transfer protocol, for the registry port and for the peer port (which authenticates first).
+pub fn transfer_router(service: Arc<RegistryService>) -> Router {
+    Router::new()
+        .route(api::MISSING, post(transfer::missing))
+        .route(api::CHUNKS, put(transfer::receive).post(transfer::receive))
+        .route(api::CHUNKS_GET, post(transfer::send))
+        .route(api::PUBLISH, post(publish::publish))
+        .route(api::TAG, get(publish::look_up))
+        .route(api::REPLICAS, get(replicas::list))
+        .with_state(service)
+}
+
+/// Everything that the registry port answers.
+pub fn registry_router(service: Arc<RegistryService>) -> Router {
+    let dialect = Router::new()
+        .route("/livez", get(dialect::livez))
+        .route("/readyz", get(dialect::readyz))
+        .route("/registry/status", get(dialect::status))
+        .route(
+            "/registry/vm",
+            get(dialect::list_v1).delete(dialect::delete),
+        )
+        .route(
+            "/registry/v2/vm",
+            get(dialect::list_v2).delete(dialect::delete),
+        )
+        .route("/registry/revert", delete(dialect::revert))
+        .route("/registry/disk", get(dialect::disk))
+        .with_state(Arc::clone(&service));
+    let inner = dialect
+        .merge(transfer_router(service))
+        .fallback(answer::not_found);
+    Router::new().fallback_service(MapRequest::new(inner, answer::collapse_slashes))
 }

@@ -1,0 +1,415 @@
+//! Pushing a file: hash it, ask one member what it lacks, send that, publish. Asking is also how a
+//! push resumes: after a lost connection or in a new process only what did not arrive is sent.
+
+use super::api::{Durability, Forward, PublishRequest, TagInfo};
+use super::image::{data_ranges, hash_chunks};
+use super::pull::blocking;
+use super::source::{CallError, Registry};
+use super::{
+    BATCH_CHUNKS, CHUNK_LEN, CONNECTIONS, FileEntry, Id, Manifest, SEGMENT_CHUNKS, TransferError,
+    WireRecord, ZERO_CHUNK, chunk_len_at,
+};
+use futures::StreamExt;
+use parking_lot::Mutex;
+use std::collections::HashSet;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Chunks that are hashed and asked about together: 32 MiB.
+const UNIT_CHUNKS: usize = 512;
+/// Pauses before a batch is tried again at the same member; then another member is tried.
+const PAUSES_MS: [u64; 4] = [100, 400, 1000, 2000];
+/// Longest wait of one question whether a tag is visible.
+const WAIT_STEP_S: u64 = 5;
+
+/// What a pushed file shall become.
+#[derive(Clone, Debug)]
+pub struct PushSpec {
+    /// Template name.
+    pub template: String,
+    /// Tag name.
+    pub tag: String,
+    /// Free text.
+    pub description: String,
+    /// `amd64`, `arm64` or empty.
+    pub arch: String,
+    /// `qcow2` or `raw`; `None`: look at the file.
+    pub format: Option<String>,
+    /// Ports that every instance gets.
+    pub forwards: Vec<Forward>,
+    /// Copies before it is visible.
+    pub durability: Durability,
+    /// How long to wait for it to be visible.
+    pub wait: Duration,
+}
+
+/// What became of a push.
+#[derive(Clone, Debug)]
+pub struct Published {
+    /// The tag.
+    pub tag: TagInfo,
+    /// Chunks sent.
+    pub sent_chunks: u64,
+    /// Bytes sent, compressed.
+    pub sent_bytes: u64,
+}
+
+/// Push `path` to one of `registries` (base URLs; the next one when one is lost) and publish it.
+/// `progress(done, total)` in bytes of the file. The file must not change meanwhile.
+pub async fn push_file(
+    client: &reqwest::Client,
+    registries: &[String],
+    path: &Path,
+    spec: &PushSpec,
+    progress: &(dyn Fn(u64, u64) + Send + Sync),
+) -> Result<Published, TransferError> {
+    let path = path.to_owned();
+    let format = spec.format.clone();
+    let source = Arc::new(blocking(move || Source::open(&path, format)).await?);
+    let request_id = uuid::Uuid::new_v4().to_string();
+    let mut said = Vec::new();
+    // Twice around: a member that was away may be back, and it kept what it had.
+    for base in registries.iter().chain(registries) {
+        let registry = Registry::new(client, base);
+        let published = match push_to(&registry, &source, spec, &request_id, progress).await {
+            Ok(tag) => tag,
+            Err(Failure::Final(error)) => return Err(error),
+            Err(Failure::Member(why)) => {
+                said.push(format!("{base}: {why}"));
+                continue;
+            }
+        };
+        let tag = wait_visible(client, registries, published, spec.wait).await;
+        return Ok(Published {
+            tag,
+            sent_chunks: source.sent_chunks.load(Ordering::Relaxed),
+            sent_bytes: source.sent_bytes.load(Ordering::Relaxed),
+        });
+    }
+    Err(TransferError::Unavailable(said.join("; ")))
+}
+
+enum Failure {
+    /// No member would do otherwise.
+    Final(TransferError),
+    /// Another member may do.
+    Member(String),
+}
+
+impl From<TransferError> for Failure {
+    fn from(error: TransferError) -> Self {
+        Self::Final(error)
+    }
+}
+
+async fn push_to(
+    registry: &Registry,
+    source: &Arc<Source>,
+    spec: &PushSpec,
+    request_id: &str,
+    progress: &(dyn Fn(u64, u64) + Send + Sync),
+) -> Result<TagInfo, Failure> {
+    source.claimed.lock().clear();
+    let mut done = 0;
+    progress(0, source.size);
+    let units = (0..source.units()).map(|n| send_unit(registry.clone(), Arc::clone(source), n));
+    let mut units = futures::stream::iter(units).buffer_unordered(CONNECTIONS);
+    while let Some(sent) = units.next().await {
+        done += sent?;
+        progress(done, source.size);
+    }
+    drop(units);
+    source.check_unchanged()?;
+    let manifest = send_names(registry, source).await?;
+    let request = PublishRequest {
+        request_id: request_id.to_owned(),
+        template: spec.template.clone(),
+        tag: spec.tag.clone(),
+        description: spec.description.clone(),
+        arch: spec.arch.clone(),
+        manifest: hex::encode(manifest),
+        forwards: spec.forwards.clone(),
+        durability: spec.durability,
+        wait: 0,
+    };
+    let mut pauses = PAUSES_MS.iter();
+    loop {
+        let why = match registry.publish(&request).await {
+            Ok(tag) => return Ok(tag),
+            Err(CallError::Refused(why)) => return Err(TransferError::Refused(why).into()),
+            Err(CallError::Incomplete(why)) => return Err(Failure::Member(why)),
+            Err(CallError::Passing(why)) => why,
+        };
+        let Some(&pause) = pauses.next() else {
+            return Err(Failure::Member(why));
+        };
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+    }
+}
+
+/// Hash one unit and send what the member lacks of it; the unit's length.
+async fn send_unit(registry: Registry, source: Arc<Source>, unit: usize) -> Result<u64, Failure> {
+    let at = Arc::clone(&source);
+    let names = blocking(move || at.names(unit)).await?;
+    let first = (unit * UNIT_CHUNKS) as u64;
+    let len = (first..first + names.len() as u64)
+        .map(|n| chunk_len_at(source.size, n))
+        .sum();
+    let mine: Vec<(Id, u64)> = {
+        let mut claimed = source.claimed.lock();
+        let numbered = names.iter().copied().zip(first..);
+        numbered
+            .filter(|(id, _)| *id != ZERO_CHUNK && claimed.insert(*id))
+            .collect()
+    };
+    if mine.is_empty() {
+        return Ok(len);
+    }
+    let ids: Vec<Id> = mine.iter().map(|(id, _)| *id).collect();
+    let missing = ask_missing(&registry, &ids).await?;
+    let lacking: Vec<(Id, u64)> = mine
+        .into_iter()
+        .filter(|(id, _)| missing.contains(id))
+        .collect();
+    for batch in lacking.chunks(BATCH_CHUNKS) {
+        let (at, batch) = (Arc::clone(&source), batch.to_vec());
+        let records = blocking(move || at.read(&batch)).await?;
+        send(&registry, &source, records).await?;
+    }
+    Ok(len)
+}
+
+async fn ask_missing(registry: &Registry, ids: &[Id]) -> Result<HashSet<Id>, Failure> {
+    let mut pauses = PAUSES_MS.iter();
+    loop {
+        let why = match registry.missing(ids).await {
+            Ok(missing) => return Ok(missing.into_iter().collect()),
+            Err(CallError::Refused(why)) => return Err(TransferError::Refused(why).into()),
+            Err(CallError::Passing(why) | CallError::Incomplete(why)) => why,
+        };
+        let Some(&pause) = pauses.next() else {
+            return Err(Failure::Member(why));
+        };
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+    }
+}
+
+/// Send records; after a lost answer first ask which of them arrived.
+async fn send(
+    registry: &Registry,
+    source: &Source,
+    mut records: Vec<WireRecord>,
+) -> Result<(), Failure> {
+    let mut pauses = PAUSES_MS.iter();
+    while !records.is_empty() {
+        let body = WireRecord::frame_all(&records);
+        source
+            .sent_chunks
+            .fetch_add(records.len() as u64, Ordering::Relaxed);
+        source
+            .sent_bytes
+            .fetch_add(body.len() as u64, Ordering::Relaxed);
+        let why = match registry.put(body).await {
+            Ok(_) => return Ok(()),
+            Err(CallError::Refused(why)) => return Err(TransferError::Refused(why).into()),
+            Err(CallError::Passing(why) | CallError::Incomplete(why)) => why,
+        };
+        let Some(&pause) = pauses.next() else {
+            return Err(Failure::Member(why));
+        };
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        let ids: Vec<Id> = records.iter().map(|r| r.id).collect();
+        let missing = ask_missing(registry, &ids).await?;
+        records.retain(|r| missing.contains(&r.id));
+    }
+    Ok(())
+}
+
+/// Send segments and manifest; the manifest's digest.
+async fn send_names(registry: &Registry, source: &Arc<Source>) -> Result<Id, Failure> {
+    let at = Arc::clone(source);
+    let (manifest, records) = blocking(move || at.describe()).await?;
+    for batch in records.chunks(BATCH_CHUNKS) {
+        let mut seen = HashSet::new();
+        let ids: Vec<Id> = batch
+            .iter()
+            .map(|r| r.id)
+            .filter(|id| seen.insert(*id))
+            .collect();
+        let mut missing = ask_missing(registry, &ids).await?;
+        let lacking = batch
+            .iter()
+            .filter(|r| missing.remove(&r.id))
+            .cloned()
+            .collect();
+        send(registry, source, lacking).await?;
+    }
+    Ok(manifest)
+}
+
+/// Ask whoever answers until it is visible or the time is over; the newest that is known.
+async fn wait_visible(
+    client: &reqwest::Client,
+    registries: &[String],
+    mut tag: TagInfo,
+    wait: Duration,
+) -> TagInfo {
+    let until = Instant::now() + wait;
+    let mut turn = 0;
+    while !tag.visible {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        let step = u32::try_from(left.as_secs().clamp(1, WAIT_STEP_S)).unwrap_or(1);
+        let registry = Registry::new(client, &registries[turn % registries.len()]);
+        match registry.tag(&tag.template_id, tag.number, step).await {
+            Ok(newer) => tag = newer,
+            // Deleted meanwhile: what was published is all there is to say.
+            Err(CallError::Refused(_)) => break,
+            Err(_) => {
+                turn += 1;
+                tokio::time::sleep(Duration::from_millis(PAUSES_MS[1])).await;
+            }
+        }
+    }
+    tag
+}
+
+/// The file to push.
+struct Source {
+    file: File,
+    name: String,
+    format: String,
+    size: u64,
+    modified: std::time::SystemTime,
+    ranges: Vec<Range<u64>>,
+    /// Chunk names by unit, once hashed: another member needs no second look at the file.
+    hashed: Mutex<Vec<Option<Arc<Vec<Id>>>>>,
+    /// Chunks that some unit takes care of in this round.
+    claimed: Mutex<HashSet<Id>>,
+    sent_chunks: AtomicU64,
+    sent_bytes: AtomicU64,
+}
+
+impl Source {
+    fn open(path: &Path, format: Option<String>) -> Result<Self, TransferError> {
+        let file = File::open(path)?;
+        let facts = file.metadata()?;
+        if !facts.is_file() {
+            return Err(TransferError::Invalid(format!(
+                "{} is not a file",
+                path.display()
+            )));
+        }
+        let size = facts.len();
+        let format = match format {
+            Some(format) => format,
+            None => detect_format(&file)?,
+        };
+        let units = size.div_ceil(CHUNK_LEN * UNIT_CHUNKS as u64);
+        let units = usize::try_from(units)
+            .map_err(|_| TransferError::Invalid("the file is too long".to_owned()))?;
+        Ok(Self {
+            ranges: data_ranges(&file, size)?,
+            name: format!("disk.{}", if format == "qcow2" { "qcow2" } else { "img" }),
+            format,
+            size,
+            modified: facts.modified()?,
+            hashed: Mutex::new(vec![None; units]),
+            claimed: Mutex::default(),
+            sent_chunks: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
+            file,
+        })
+    }
+
+    fn units(&self) -> usize {
+        self.hashed.lock().len()
+    }
+
+    fn names(&self, unit: usize) -> Result<Arc<Vec<Id>>, TransferError> {
+        if let Some(names) = &self.hashed.lock()[unit] {
+            return Ok(Arc::clone(names));
+        }
+        let first = (unit * UNIT_CHUNKS) as u64;
+        let end = (first + UNIT_CHUNKS as u64).min(self.size.div_ceil(CHUNK_LEN));
+        let names = Arc::new(hash_chunks(
+            &self.file,
+            self.size,
+            &self.ranges,
+            first..end,
+        )?);
+        self.hashed.lock()[unit] = Some(Arc::clone(&names));
+        Ok(names)
+    }
+
+    /// These chunks, compressed; each must still be what it was when it was hashed.
+    fn read(&self, batch: &[(Id, u64)]) -> Result<Vec<WireRecord>, TransferError> {
+        let mut buffer = vec![0; super::image::CHUNK];
+        let mut records = Vec::with_capacity(batch.len());
+        for (id, number) in batch {
+            let len = usize::try_from(chunk_len_at(self.size, *number)).unwrap_or(0);
+            self.file
+                .read_exact_at(&mut buffer[..len], number * CHUNK_LEN)?;
+            let record = WireRecord::encode(&buffer[..len]);
+            if record.id != *id {
+                return Err(changed());
+            }
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    fn check_unchanged(&self) -> Result<(), TransferError> {
+        let facts = self.file.metadata()?;
+        if facts.len() == self.size && facts.modified()? == self.modified {
+            return Ok(());
+        }
+        Err(changed())
+    }
+
+    /// Segments and manifest, the manifest last, and its digest.
+    fn describe(&self) -> Result<(Id, Vec<WireRecord>), TransferError> {
+        let names: Vec<Arc<Vec<Id>>> = (0..self.units())
+            .map(|unit| self.names(unit))
+            .collect::<Result<_, _>>()?;
+        let flat: Vec<Id> = names.iter().flat_map(|n| n.iter().copied()).collect();
+        let mut records: Vec<WireRecord> = flat
+            .chunks(SEGMENT_CHUNKS)
+            .map(|ids| WireRecord::encode(ids.as_flattened()))
+            .collect();
+        let manifest = Manifest {
+            version: 1,
+            files: vec![FileEntry {
+                name: self.name.clone(),
+                format: self.format.clone(),
+                size: self.size,
+                segments: records.iter().map(|r| hex::encode(r.id)).collect(),
+            }],
+        };
+        let record = WireRecord::encode(&manifest.to_bytes()?);
+        let id = record.id;
+        records.push(record);
+        Ok((id, records))
+    }
+}
+
+fn changed() -> TransferError {
+    TransferError::Invalid("the file changed while it was pushed: push it again".to_owned())
+}
+
+fn detect_format(file: &File) -> std::io::Result<String> {
+    let mut head = [0; 4];
+    match file.read_exact_at(&mut head, 0) {
+        Ok(()) if head == *b"QFI\xfb" => Ok("qcow2".to_owned()),
+        Ok(()) => Ok("raw".to_owned()),
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok("raw".to_owned()),
+        Err(e) => Err(e),
+    }
+}

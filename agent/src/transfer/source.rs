@@ -1,0 +1,205 @@
+//! One registry over HTTP: the calls of the protocol, and which failures may pass.
+
+use super::api::{self, Answer, PublishRequest, PutAnswer, TagInfo};
+use super::{Id, TransferError, Unframer, WireRecord};
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use std::collections::HashSet;
+use std::time::Duration;
+
+/// A registry that sends nothing for so long has gone.
+const IDLE_MAX: Duration = Duration::from_secs(20);
+/// Longest time until an answer begins: the member may have to fetch, or to fsync behind others.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
+/// Longest JSON answer.
+const JSON_LEN_MAX: usize = 1 << 20;
+
+/// Why a call gave no result.
+#[derive(Debug)]
+pub(super) enum CallError {
+    /// Another try, or another member, may do.
+    Passing(String),
+    /// This member lacks what the request names.
+    Incomplete(String),
+    /// It was understood and refused.
+    Refused(String),
+}
+
+/// A registry.
+#[derive(Clone, Debug)]
+pub(super) struct Registry {
+    client: reqwest::Client,
+    base: String,
+}
+
+impl Registry {
+    pub(super) fn new(client: &reqwest::Client, base: &str) -> Self {
+        Self {
+            client: client.clone(),
+            base: base.trim_end_matches('/').to_owned(),
+        }
+    }
+
+    pub(super) fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// Those of these chunks that it can get hold of.
+    pub(super) async fn get(&self, ids: &[Id]) -> Result<Vec<WireRecord>, CallError> {
+        let request = self
+            .client
+            .post(self.url(api::CHUNKS_GET))
+            .body(ids.concat());
+        let response = answered(request).await?;
+        read_records(response, ids)
+            .await
+            .map_err(|e| CallError::Passing(e.to_string()))
+    }
+
+    /// Those of these chunks that it lacks.
+    pub(super) async fn missing(&self, ids: &[Id]) -> Result<Vec<Id>, CallError> {
+        let request = self.client.post(self.url(api::MISSING)).body(ids.concat());
+        let response = answered(request).await?;
+        let flags = read_all(response, ids.len()).await?;
+        if flags.len() != ids.len() {
+            return Err(CallError::Passing(format!("{}: a cut answer", self.base)));
+        }
+        Ok(ids
+            .iter()
+            .zip(flags)
+            .filter(|(_, flag)| *flag != 0)
+            .map(|(id, _)| *id)
+            .collect())
+    }
+
+    /// Store these records.
+    pub(super) async fn put(&self, body: Bytes) -> Result<PutAnswer, CallError> {
+        json(self.client.put(self.url(api::CHUNKS)).body(body)).await
+    }
+
+    pub(super) async fn publish(&self, request: &PublishRequest) -> Result<TagInfo, CallError> {
+        json(self.client.post(self.url(api::PUBLISH)).json(request)).await
+    }
+
+    /// Wait up to `wait_s` seconds for a tag to become visible.
+    pub(super) async fn tag(
+        &self,
+        template: &str,
+        number: u32,
+        wait_s: u32,
+    ) -> Result<TagInfo, CallError> {
+        let query = [
+            ("template", template.to_owned()),
+            ("number", number.to_string()),
+            ("wait", wait_s.to_string()),
+        ];
+        let url = reqwest::Url::parse_with_params(&self.url(api::TAG), query)
+            .map_err(|e| CallError::Refused(format!("{}: {e}", self.base)))?;
+        json(self.client.get(url)).await
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+}
+
+/// Send and look at the status only.
+async fn answered(request: reqwest::RequestBuilder) -> Result<reqwest::Response, CallError> {
+    let response = match tokio::time::timeout(ANSWER_MAX, request.send()).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(e)) if e.is_builder() => return Err(CallError::Refused(chain(&e))),
+        Ok(Err(e)) => return Err(CallError::Passing(chain(&e))),
+        Err(_) => return Err(CallError::Passing("no answer in time".to_owned())),
+    };
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let text = read_all(response, JSON_LEN_MAX).await.unwrap_or_default();
+    let message = serde_json::from_slice::<Answer<serde_json::Value>>(&text).map_or_else(
+        |_| String::from_utf8_lossy(&text).trim().to_owned(),
+        |a| a.message,
+    );
+    let message = if message.is_empty() {
+        status.to_string()
+    } else {
+        message
+    };
+    Err(match status.as_u16() {
+        409 => CallError::Incomplete(message),
+        408 | 429 | 500.. => CallError::Passing(message),
+        _ => CallError::Refused(message),
+    })
+}
+
+async fn json<T: DeserializeOwned>(request: reqwest::RequestBuilder) -> Result<T, CallError> {
+    let bytes = read_all(answered(request).await?, JSON_LEN_MAX).await?;
+    let answer: Answer<T> = serde_json::from_slice(&bytes)
+        .map_err(|e| CallError::Refused(format!("not an answer of a registry: {e}")))?;
+    match answer.body {
+        Some(body) if answer.status == "OK" => Ok(body),
+        _ => Err(CallError::Refused(answer.message)),
+    }
+}
+
+async fn read_all(mut response: reqwest::Response, len_max: usize) -> Result<Vec<u8>, CallError> {
+    let mut out = Vec::new();
+    while let Some(bytes) = next_bytes(&mut response)
+        .await
+        .map_err(CallError::Passing)?
+    {
+        if out.len() + bytes.len() > len_max {
+            return Err(CallError::Passing(
+                "an answer longer than it may be".to_owned(),
+            ));
+        }
+        out.extend_from_slice(&bytes);
+    }
+    Ok(out)
+}
+
+async fn next_bytes(response: &mut reqwest::Response) -> Result<Option<Bytes>, String> {
+    match tokio::time::timeout(IDLE_MAX, response.chunk()).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(e)) => Err(chain(&e)),
+        Err(_) => Err("the answer stalled".to_owned()),
+    }
+}
+
+/// The records of an answer to [`api::CHUNKS_GET`] for `ids`, not yet verified. A record that was
+/// not asked for, or twice the same, ends it: the answer is bounded by the question.
+pub async fn read_records(
+    mut response: reqwest::Response,
+    ids: &[Id],
+) -> Result<Vec<WireRecord>, TransferError> {
+    let mut expected: HashSet<Id> = ids.iter().copied().collect();
+    let mut records = Vec::with_capacity(ids.len());
+    let mut unframer = Unframer::default();
+    while let Some(bytes) = next_bytes(&mut response)
+        .await
+        .map_err(TransferError::Unavailable)?
+    {
+        unframer.push(&bytes);
+        while let Some(record) = unframer.next_record()? {
+            if !expected.remove(&record.id) {
+                return Err(TransferError::Invalid(
+                    "a chunk came that was not asked for".to_owned(),
+                ));
+            }
+            records.push(record);
+        }
+    }
+    unframer.finish()?;
+    Ok(records)
+}
+
+/// An error with its causes: reqwest's own text hides why.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
+}

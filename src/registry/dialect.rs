@@ -1,0 +1,151 @@
+//! The registry's REST dialect, as third parties speak it. Field names and texts are the wire
+//! contract's; the state decides, this only shows.
+
+use super::RegistryService;
+use super::answer::{Params, app_error, bad, done, fail, ok};
+use crate::app::{AppError, Consistency};
+use crate::http::templates::{TemplateList, TemplateView};
+use crate::stamp;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use mainstay_model::command::TagSelector;
+use mainstay_model::{self as model, Command, Refusal, TemplateId};
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+type Service = State<Arc<RegistryService>>;
+
+/// The process answers.
+pub(super) async fn livez() -> Response {
+    (StatusCode::OK, "ok").into_response()
+}
+
+/// Reads see every acknowledged write.
+pub(super) async fn readyz(State(service): Service) -> Response {
+    match service
+        .catalog
+        .look(Consistency::Linearizable, &mut |_| ())
+        .await
+    {
+        Ok(()) => (StatusCode::OK, "ok").into_response(),
+        Err(e) => (StatusCode::SERVICE_UNAVAILABLE, e.to_string()).into_response(),
+    }
+}
+
+/// `GET /registry/status`
+pub(super) async fn status(State(service): Service) -> Response {
+    ok(json!({"status": "Running", "version": service.version}))
+}
+
+/// `GET /registry/vm`: the first version's list of one-entry maps, or one template by id.
+pub(super) async fn list_v1(State(service): Service, request: Request) -> Response {
+    let list = |state: &model::State| {
+        let shown = state.templates.values().filter(|t| t.latest().is_some());
+        shown.map(|t| json!({t.id.as_str(): t.name})).collect()
+    };
+    service.list(&Params::from_query(request.uri()), list).await
+}
+
+/// `GET /registry/v2/vm`: objects.
+pub(super) async fn list_v2(State(service): Service, request: Request) -> Response {
+    let list = |state: &model::State| {
+        to_json(&TemplateList {
+            state,
+            short: false,
+        })
+    };
+    service.list(&Params::from_query(request.uri()), list).await
+}
+
+impl RegistryService {
+    async fn list(
+        &self,
+        params: &Params,
+        list: impl Fn(&model::State) -> Value + Send + Sync,
+    ) -> Response {
+        let Some(id) = params.get("id") else {
+            let all = self.catalog.take(Consistency::Linearizable, list).await;
+            return all.map_or_else(|e| app_error(&e), ok);
+        };
+        let id = TemplateId::from(id);
+        let find = |state: &model::State| {
+            let view = state.templates.get(&id).and_then(TemplateView::new);
+            view.as_ref().map(to_json)
+        };
+        match self.catalog.take(Consistency::Linearizable, find).await {
+            Ok(Some(template)) => ok(template),
+            Ok(None) => fail(StatusCode::OK, "Not found"),
+            Err(e) => app_error(&e),
+        }
+    }
+}
+
+/// Out of the state's lock as a value of its own.
+fn to_json<T: Serialize>(view: &T) -> Value {
+    // Plain structs with text keys always have a JSON form.
+    serde_json::to_value(view).unwrap_or_default()
+}
+
+/// `DELETE /registry/vm?id=`: the template with all its tags.
+pub(super) async fn delete(State(service): Service, request: Request) -> Response {
+    let params = match Params::read(request).await {
+        Ok(params) => params,
+        Err(refused) => return refused,
+    };
+    let Some(id) = params.get("id") else {
+        return bad("id is missing");
+    };
+    service
+        .submit(Command::DeleteTemplate {
+            id: TemplateId::from(id),
+        })
+        .await
+}
+
+/// `DELETE /registry/revert?id=`: a tag and every later one; the latest if none is named.
+pub(super) async fn revert(State(service): Service, request: Request) -> Response {
+    let params = match Params::read(request).await {
+        Ok(params) => params,
+        Err(refused) => return refused,
+    };
+    let Some(id) = params.get("id") else {
+        return bad("id is missing");
+    };
+    let number = match (params.number("version"), params.number("number")) {
+        (Ok(version), Ok(number)) => version.or(number),
+        (Err(refused), _) | (_, Err(refused)) => return refused,
+    };
+    let name = params
+        .get("tag")
+        .map(|tag| TagSelector::Name(tag.to_owned()));
+    let selector = name.or(number.map(TagSelector::Number));
+    service
+        .submit(Command::RevertTemplate {
+            id: TemplateId::from(id),
+            selector,
+        })
+        .await
+}
+
+impl RegistryService {
+    async fn submit(&self, command: Command) -> Response {
+        match self.catalog.submit(stamp::command_id(), command).await {
+            Ok(_) => done(),
+            // The vendor's registry answers this one with 400.
+            Err(AppError::Refused(Refusal::TagUnknown(tag))) => bad(format!("No such tag {tag}")),
+            Err(e) => app_error(&e),
+        }
+    }
+}
+
+/// `GET /registry/disk`: bytes of the file system with the chunks.
+pub(super) async fn disk(State(service): Service) -> Response {
+    let chunks = service.chunks.clone();
+    match tokio::task::spawn_blocking(move || chunks.disk()).await {
+        Ok(Ok((free, total))) => ok(json!({"free": free, "total": total})),
+        Ok(Err(e)) => fail(StatusCode::OK, super::answer::chain(&e)),
+        Err(e) => fail(StatusCode::SERVICE_UNAVAILABLE, e.to_string()),
+    }
+}

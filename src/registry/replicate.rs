@@ -1,0 +1,282 @@
+//! Makes this member hold every tag that the state names. Level-triggered: looks at the whole state
+//! again whenever it changed, a copy ended or a pause is over; what it did before does not matter.
+//!
+//! ```text
+//! in the state, not ours -> copy (names, then chunks, from holders first) -> walk again -> ReportHeld(true)
+//! said to be ours, but not whole (checked at start and after damage)      -> ReportHeld(false)
+//! ```
+
+use super::replicas::{Key, Progress};
+use super::walk::{self, Reach, WalkError};
+use super::{RegistryService, answer};
+use crate::app::{AppError, Consistency};
+use crate::stamp;
+use futures::StreamExt;
+use mainstay_agent::transfer::Id;
+use mainstay_model::{Command, MemberId, Refusal, State};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// Tags copied at once.
+const TAGS_AT_ONCE: usize = 2;
+/// Chunks of one request (8 MiB before compression), and requests at once.
+const BATCH: usize = 128;
+const REQUESTS: usize = 4;
+/// The state may change a thousand times a second; it is looked at no more often than this.
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
+/// First and longest pause after a failed copy.
+const RETRY_MIN: Duration = Duration::from_millis(250);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// The state is looked at again after so long even if nothing seems to have changed.
+const IDLE_LOOK: Duration = Duration::from_secs(30);
+
+/// What a look at the state says is to be done.
+#[derive(Default)]
+struct Todo {
+    /// Tags to copy, with their holders.
+    lacking: BTreeMap<Key, Vec<MemberId>>,
+    /// Tags that we said we hold.
+    claimed: BTreeSet<Key>,
+}
+
+/// After a failure.
+struct Pause {
+    until: Instant,
+    next: Duration,
+}
+
+/// Serve until dropped.
+pub(super) async fn run(service: Arc<RegistryService>) {
+    let mut changes = service.catalog.watch();
+    let mut copies: JoinSet<(Key, Result<(), String>)> = JoinSet::new();
+    let mut pauses: BTreeMap<Key, Pause> = BTreeMap::new();
+    let mut checked: BTreeSet<Key> = BTreeSet::new();
+    loop {
+        changes.borrow_and_update();
+        if let Ok(todo) = look(&service).await {
+            checked.retain(|key| todo.claimed.contains(key));
+            check_claims(&service, &todo, &mut checked).await;
+            service.progress.keep(&todo.lacking);
+            pauses.retain(|key, _| todo.lacking.contains_key(key));
+            start(&service, &todo, &pauses, &mut copies);
+        }
+        let wake = pauses
+            .values()
+            .map(|p| p.until)
+            .filter(|u| *u > Instant::now())
+            .min();
+        let wake = wake.unwrap_or_else(|| Instant::now() + IDLE_LOOK);
+        tokio::select! {
+            changed = changes.changed() => match changed {
+                Ok(()) => tokio::time::sleep(LOOK_PAUSE).await,
+                // The group has ended, and this member with it.
+                Err(_) => return,
+            },
+            Some(ended) = copies.join_next() => ended_copy(&service, ended, &mut pauses),
+            () = service.damage.notified() => checked.clear(),
+            () = tokio::time::sleep_until(wake) => {}
+        }
+    }
+}
+
+async fn look(service: &RegistryService) -> Result<Todo, AppError> {
+    let me = service.member;
+    let take = |state: &State| {
+        let mut todo = Todo::default();
+        for template in state.templates.values() {
+            for tag in template.tags.values() {
+                let key = Key {
+                    template: template.id.clone(),
+                    number: tag.number,
+                    manifest: tag.content.manifest,
+                };
+                if tag.holders.contains(&me) {
+                    todo.claimed.insert(key);
+                } else {
+                    todo.lacking
+                        .insert(key, tag.holders.iter().copied().collect());
+                }
+            }
+        }
+        todo
+    };
+    service.catalog.take(Consistency::Stale, take).await
+}
+
+/// Take back what we said we hold and do not: a lost or damaged disk must not count as a copy.
+async fn check_claims(service: &Arc<RegistryService>, todo: &Todo, checked: &mut BTreeSet<Key>) {
+    for key in &todo.claimed {
+        if checked.contains(key) {
+            continue;
+        }
+        let reached = service.reach(key.manifest.0).await;
+        let held = match reached {
+            Ok(Reach::Known(known)) => known.lacking.is_empty(),
+            Ok(Reach::Names(_)) | Err(WalkError::Invalid(_)) => false,
+            // The disk cannot say: ask it again later.
+            Err(WalkError::Storage(_)) => continue,
+        };
+        if held {
+            checked.insert(key.clone());
+            continue;
+        }
+        tracing::warn!(template = %key.template, number = key.number, "a tag that this member held is not whole any more");
+        if let Err(why) = report(service, key, false).await {
+            tracing::warn!(why, "could not report a lost copy yet");
+        }
+    }
+}
+
+fn start(
+    service: &Arc<RegistryService>,
+    todo: &Todo,
+    pauses: &BTreeMap<Key, Pause>,
+    copies: &mut JoinSet<(Key, Result<(), String>)>,
+) {
+    for (key, holders) in &todo.lacking {
+        let waits = pauses.get(key).is_some_and(|p| p.until > Instant::now());
+        if waits || copies.len() >= TAGS_AT_ONCE {
+            continue;
+        }
+        let Some(progress) = service.progress.begin(key) else {
+            continue;
+        };
+        let (service, key, holders) = (Arc::clone(service), key.clone(), holders.clone());
+        copies.spawn(async move {
+            let result = copy(&service, &key, &holders, &progress).await;
+            (key, result)
+        });
+    }
+}
+
+fn ended_copy(
+    service: &RegistryService,
+    ended: Result<(Key, Result<(), String>), tokio::task::JoinError>,
+    pauses: &mut BTreeMap<Key, Pause>,
+) {
+    let (key, result) = match ended {
+        Ok(ended) => ended,
+        Err(e) => {
+            tracing::error!(error = %e, "a copy ended by itself");
+            return;
+        }
+    };
+    service.progress.end(&key, result.as_ref().err().cloned());
+    match result {
+        Ok(()) => {
+            tracing::info!(template = %key.template, number = key.number, "tag copied");
+            pauses.remove(&key);
+        }
+        Err(why) => {
+            let pause = pauses.get(&key).map_or(RETRY_MIN, |p| p.next);
+            tracing::warn!(template = %key.template, number = key.number, why, ?pause, "copying a tag failed; it will be tried again");
+            let next = (pause * 2).min(RETRY_MAX);
+            pauses.insert(
+                key,
+                Pause {
+                    until: Instant::now() + pause,
+                    next,
+                },
+            );
+        }
+    }
+}
+
+/// Copy one tag: resumes by itself, for only what is lacking is fetched.
+async fn copy(
+    service: &Arc<RegistryService>,
+    key: &Key,
+    holders: &[MemberId],
+    progress: &Arc<Progress>,
+) -> Result<(), String> {
+    // Manifest, segments, chunks, and once more if a chunk turned out damaged.
+    for turn in 0..5 {
+        let known = match service
+            .reach(key.manifest.0)
+            .await
+            .map_err(|e| answer::chain(&e))?
+        {
+            Reach::Names(names) => {
+                fetch_all(service, names, holders, turn, None).await?;
+                continue;
+            }
+            Reach::Known(known) => known,
+        };
+        progress.set(known.held_bytes, known.total_bytes);
+        if known.lacking.is_empty() {
+            return report(service, key, true).await;
+        }
+        fetch_all(service, known.lacking, holders, turn, Some(progress)).await?;
+    }
+    Err("its chunks do not stay: see the log for damage on this disk".to_owned())
+}
+
+/// Fetch these in parallel, each batch beginning at another holder.
+async fn fetch_all(
+    service: &Arc<RegistryService>,
+    ids: Vec<Id>,
+    holders: &[MemberId],
+    turn: usize,
+    progress: Option<&Arc<Progress>>,
+) -> Result<(), String> {
+    let count = AtomicU64::new(ids.len() as u64);
+    let batches: Vec<Vec<Id>> = ids.chunks(BATCH).map(<[Id]>::to_vec).collect();
+    let work = batches.into_iter().enumerate().map(|(n, batch)| {
+        let service = Arc::clone(service);
+        let sources = service.sources(holders, turn + n);
+        async move {
+            let (rest, said) = service.fetch(&batch, &sources).await;
+            (batch.len() as u64, rest.len(), said)
+        }
+    });
+    let mut work = futures::stream::iter(work).buffer_unordered(REQUESTS);
+    while let Some((asked, lacking, said)) = work.next().await {
+        if lacking > 0 {
+            return Err(format!(
+                "no member could send {lacking} chunks: {}",
+                said.join("; ")
+            ));
+        }
+        let left = count.fetch_sub(asked, Ordering::Relaxed) - asked;
+        if let Some(progress) = progress {
+            progress.left(left);
+            if progress.cancelled() {
+                return Err("the tag was deleted".to_owned());
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn report(service: &RegistryService, key: &Key, held: bool) -> Result<(), String> {
+    let command = Command::ReportHeld {
+        template: key.template.clone(),
+        number: key.number,
+        manifest: key.manifest,
+        member: service.member,
+        held,
+    };
+    match service.catalog.submit(stamp::command_id(), command).await {
+        // Deleted meanwhile: nothing to report.
+        Ok(_) | Err(AppError::Refused(Refusal::TemplateUnknown(_) | Refusal::TagUnknown(_))) => {
+            Ok(())
+        }
+        Err(e) => Err(answer::chain(&e)),
+    }
+}
+
+impl RegistryService {
+    async fn reach(&self, digest: Id) -> Result<Reach, WalkError> {
+        let chunks = self.chunks.clone();
+        match tokio::task::spawn_blocking(move || walk::reach(&chunks, &digest)).await {
+            Ok(reached) => reached,
+            Err(e) => Err(WalkError::Storage(mainstay_storage::StorageError::Stopped(
+                e.to_string(),
+            ))),
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Replication: every member ends with every tag, whatever happens to disks and members meanwhile.
+
+use super::*;
+use mainstay_agent::transfer::api::{Answer, REPLICAS, Replica};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_comes_late_or_lost_its_disk_gets_everything() {
+    let cluster = Cluster::new(3);
+    let mut members = vec![cluster.serve(1, true).await, cluster.serve(2, true).await];
+    let image = cluster.file("image");
+    write_image(&image, 2);
+    let spec = spec("t", "v1", Durability::Majority);
+    assert!(
+        push(&[&members[0].url], &image, &spec)
+            .await
+            .unwrap()
+            .tag
+            .visible
+    );
+    eventually("two hold it", || cluster.holders("t") == 2).await;
+    members.push(cluster.serve(3, true).await);
+    eventually("the late one as well", || cluster.holders("t") == 3).await;
+
+    // Its disk is lost; what it said does not count any more until it is true again.
+    members.pop();
+    std::fs::remove_dir_all(cluster.chunk_dir(3)).unwrap();
+    let lost = cluster.serve(3, false).await;
+    let before = lost.service.chunks().stats().chunks;
+    assert_eq!(before, 0);
+    drop(lost);
+    let mut applied = cluster.shared.status.subscribe();
+    let again = cluster.serve(3, true).await;
+    let full = members[0].service.chunks().stats().chunks;
+    let mut withdrawn = false;
+    while again.service.chunks().stats().chunks < full || cluster.holders("t") < 3 {
+        withdrawn |= cluster.holders("t") == 2;
+        tokio::time::timeout(Duration::from_secs(30), applied.changed())
+            .await
+            .unwrap()
+            .unwrap();
+    }
+    assert!(withdrawn, "it took back its claim first");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_that_a_reader_meets_is_healed_from_another_member() {
+    let cluster = Cluster::new(2);
+    let members = cluster.serve_all().await;
+    let (image, copy) = (cluster.file("image"), cluster.file("copy"));
+    std::fs::write(&image, noise(4, 2 << 20)).unwrap();
+    let published = push(
+        &[&members[0].url],
+        &image,
+        &spec("t", "v1", Durability::All),
+    )
+    .await
+    .unwrap();
+    let pack = cluster.chunk_dir(1).join("pack-00000001.mspk");
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&pack)
+        .unwrap();
+    let middle = file.metadata().unwrap().len() / 2;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, middle).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], middle).unwrap();
+    pull(&[&members[0].url], &published.tag.manifest, &copy)
+        .await
+        .unwrap();
+    assert_same(&image, &copy);
+    let full = members[1].service.chunks().stats().chunks;
+    eventually("whole again", || {
+        members[0].service.chunks().stats().chunks == full && cluster.holders("t") == 2
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_says_who_has_what() {
+    let cluster = Cluster::new(3);
+    let mut members = vec![cluster.serve(1, true).await, cluster.serve(2, true).await];
+    members.push(cluster.serve(3, false).await);
+    let image = cluster.file("image");
+    std::fs::write(&image, noise(4, 2 << 20)).unwrap();
+    push(
+        &[&members[0].url],
+        &image,
+        &spec("t", "v1", Durability::Majority),
+    )
+    .await
+    .unwrap();
+    members[2].stop();
+    let url = format!("{}{REPLICAS}?template=t&tag=v1", members[1].url);
+    let answer: Answer<Vec<Replica>> = client()
+        .get(&url)
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    let rows = answer.body.unwrap();
+    let states: Vec<&str> = rows.iter().map(|r| r.state.as_str()).collect();
+    assert_eq!(states, ["complete", "complete", "unknown"], "{rows:?}");
+    assert!(!rows[2].message.is_empty() && rows[2].name == "c3");
+    let unknown = client().get(url.replace("tag=v1", "tag=v9")).send().await.unwrap();
+    assert!(unknown.text().await.unwrap().contains("Not found"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_bytes_anywhere_is_told_and_a_deleted_tag_is_left_alone() {
+    let cluster = Cluster::new(2);
+    let mut holder = cluster.serve(1, false).await;
+    let image = cluster.file("image");
+    std::fs::write(&image, noise(4, 1 << 20)).unwrap();
+    let published = push(&[&holder.url], &image, &spec("t", "v1", Durability::One))
+        .await
+        .unwrap();
+    holder.stop();
+    let other = cluster.serve(2, true).await;
+    let url = format!("{}{REPLICAS}?template=t&local=1", other.url);
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        let answer: Answer<Vec<Replica>> = client()
+            .get(&url)
+            .send()
+            .await
+            .unwrap()
+            .json()
+            .await
+            .unwrap();
+        let row = answer.body.unwrap().remove(0);
+        if row.state == "waiting" && row.message.contains("no member could send") {
+            break;
+        }
+        assert!(Instant::now() < until, "{row:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let id = mainstay_model::TemplateId::from(published.tag.template_id);
+    let delete = Command::DeleteTemplate { id };
+    Fake(Arc::clone(&cluster.shared))
+        .submit(crate::stamp::command_id(), delete)
+        .await
+        .unwrap();
+    eventually("forgotten", || other.service.progress.is_empty()).await;
+}

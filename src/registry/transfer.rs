@@ -1,0 +1,235 @@
+//! Chunks in and out: which are lacking, here are some, give me some. Bounded memory whatever the
+//! length of a body.
+
+use super::answer::{bad, fail, ok};
+use super::{RegistryService, answer};
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use futures::StreamExt;
+use http::StatusCode;
+use http_body_util::{BodyExt, Limited};
+use mainstay_agent::transfer::api::{IDS_MAX, PutAnswer};
+use mainstay_agent::transfer::{Id, Unframer, WireRecord, ZERO_CHUNK};
+use mainstay_storage::StorageError;
+use mainstay_storage::chunks::{ChunkId, Codec, Record};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Stored bytes that are verified and written together.
+const BATCH_BYTES: usize = 16 << 20;
+/// Records of such a batch.
+const BATCH_RECORDS: usize = 1024;
+/// Chunks that are read and sent together.
+const SEND_CHUNKS: usize = 64;
+/// A client that sends nothing for so long has gone.
+const IDLE_MAX: Duration = Duration::from_secs(60);
+/// Below this (or 2% of a small disk) no chunk is taken: the log needs room more than we do.
+const FREE_MIN: u64 = 1 << 30;
+
+/// `POST missing`: one byte per name, 1 = lacking.
+pub(super) async fn missing(
+    State(service): State<Arc<RegistryService>>,
+    request: Request,
+) -> Response {
+    let ids = match read_ids(request).await {
+        Ok(ids) => ids,
+        Err(refused) => return refused,
+    };
+    let lacking = |id: &Id| *id != ZERO_CHUNK && !service.chunks.contains(&ChunkId(*id));
+    ids.iter()
+        .map(|id| u8::from(lacking(id)))
+        .collect::<Vec<u8>>()
+        .into_response()
+}
+
+async fn read_ids(request: Request) -> Result<Vec<Id>, Response> {
+    let limit = IDS_MAX * 32;
+    let body = Limited::new(request.into_body(), limit).collect();
+    let bytes = match tokio::time::timeout(IDLE_MAX, body).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(e)) => return Err(bad(format!("at most {IDS_MAX} chunk names at once: {e}"))),
+        Err(_) => return Err(fail(StatusCode::REQUEST_TIMEOUT, "the body stalled")),
+    };
+    let (ids, rest) = bytes.as_chunks::<32>();
+    if !rest.is_empty() {
+        return Err(bad("chunk names are 32 bytes each"));
+    }
+    Ok(ids.to_vec())
+}
+
+/// `PUT chunks`: verify and store; answered once everything is durable.
+pub(super) async fn receive(
+    State(service): State<Arc<RegistryService>>,
+    request: Request,
+) -> Response {
+    match service.receive_all(request.into_body()).await {
+        Ok(answer) => ok(answer),
+        Err(refused) => refused,
+    }
+}
+
+impl RegistryService {
+    async fn receive_all(&self, body: Body) -> Result<PutAnswer, Response> {
+        self.check_room()?;
+        let _turn = self.writers.acquire().await.map_err(|_| stopping())?;
+        let mut stream = body.into_data_stream();
+        let mut unframer = Unframer::default();
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        let mut total = PutAnswer::default();
+        loop {
+            let piece = match tokio::time::timeout(IDLE_MAX, stream.next()).await {
+                Ok(Some(Ok(piece))) => piece,
+                Ok(Some(Err(e))) => return Err(bad(format!("the body was cut off: {e}"))),
+                Ok(None) => break,
+                Err(_) => return Err(fail(StatusCode::REQUEST_TIMEOUT, "the body stalled")),
+            };
+            unframer.push(&piece);
+            while let Some(record) = unframer.next_record().map_err(|e| bad(e.to_string()))? {
+                bytes += record.framed_len();
+                batch.push(to_stored(record).map_err(bad)?);
+                if bytes >= BATCH_BYTES || batch.len() >= BATCH_RECORDS {
+                    self.store(std::mem::take(&mut batch), &mut total).await?;
+                    bytes = 0;
+                }
+            }
+        }
+        unframer.finish().map_err(|e| bad(e.to_string()))?;
+        self.store(batch, &mut total).await?;
+        Ok(total)
+    }
+
+    async fn store(&self, batch: Vec<Record>, total: &mut PutAnswer) -> Result<(), Response> {
+        let chunks = self.chunks.clone();
+        let put = tokio::task::spawn_blocking(move || chunks.put(batch)).await;
+        match put {
+            Ok(Ok(report)) => {
+                total.stored += report.stored;
+                total.known += report.known;
+                Ok(())
+            }
+            Ok(Err(error @ StorageError::BadDigest(_))) => Err(bad(error.to_string())),
+            Ok(Err(error)) => {
+                tracing::error!(error = %answer::chain(&error), "could not store chunks");
+                Err(fail(
+                    StatusCode::INSUFFICIENT_STORAGE,
+                    answer::chain(&error),
+                ))
+            }
+            Err(_) => Err(stopping()),
+        }
+    }
+
+    fn check_room(&self) -> Result<(), Response> {
+        let (free, total) = match self.chunks.disk() {
+            Ok(figures) => figures,
+            Err(e) => return Err(fail(StatusCode::INSUFFICIENT_STORAGE, answer::chain(&e))),
+        };
+        if free >= FREE_MIN.min(total / 50) {
+            return Ok(());
+        }
+        let text =
+            format!("only {free} bytes are free on this member: push to another or make room");
+        Err(fail(StatusCode::INSUFFICIENT_STORAGE, text))
+    }
+}
+
+fn stopping() -> Response {
+    fail(StatusCode::SERVICE_UNAVAILABLE, "this member is stopping")
+}
+
+/// `POST chunks/get`: the records that this member has or can get from another; `?local=1`: has.
+pub(super) async fn send(
+    State(service): State<Arc<RegistryService>>,
+    request: Request,
+) -> Response {
+    let local = answer::Params::from_query(request.uri())
+        .get("local")
+        .is_some_and(|v| v != "0");
+    let ids = match read_ids(request).await {
+        Ok(ids) => ids,
+        Err(refused) => return refused,
+    };
+    let (sender, receiver) = mpsc::channel::<std::io::Result<Bytes>>(2);
+    tokio::spawn(async move {
+        for wanted in ids.chunks(SEND_CHUNKS) {
+            let piece = service.gather(wanted, local).await.map_err(|why| {
+                tracing::error!(why, "could not read chunks");
+                std::io::Error::other(why)
+            });
+            let failed = piece.is_err();
+            // An error cuts the answer off; a client that has gone wants no more.
+            if sender.send(piece).await.is_err() || failed {
+                return;
+            }
+        }
+    });
+    let stream = futures::stream::unfold(receiver, |mut receiver| async move {
+        receiver.recv().await.map(|piece| (piece, receiver))
+    });
+    Body::from_stream(stream).into_response()
+}
+
+impl RegistryService {
+    /// These chunks, framed; those that cannot be had are left out.
+    async fn gather(&self, ids: &[Id], local: bool) -> Result<Bytes, String> {
+        let ids: Vec<Id> = ids.iter().copied().filter(|id| *id != ZERO_CHUNK).collect();
+        let mut records = self.read_good(ids.clone()).await?;
+        if records.len() < ids.len() && !local {
+            let mut rest = ids;
+            rest.retain(|id| !records.iter().any(|r| r.id == *id));
+            let turn = self
+                .read_through
+                .acquire()
+                .await
+                .map_err(|e| e.to_string())?;
+            self.fetch(&rest, &self.sources(&[], 0)).await;
+            drop(turn);
+            records.extend(self.read_good(rest).await?);
+        }
+        Ok(WireRecord::frame_all(&records))
+    }
+
+    /// Those that are held; a damaged one is not held any more.
+    async fn read_good(&self, ids: Vec<Id>) -> Result<Vec<WireRecord>, String> {
+        let chunks = self.chunks.clone();
+        let read = move || {
+            let ids: Vec<ChunkId> = ids.into_iter().map(ChunkId).collect();
+            let found = chunks.records(&ids).map_err(|e| answer::chain(&e))?;
+            for id in &found.damaged {
+                tracing::error!(chunk = %id, "a stored chunk is damaged; it will be fetched again");
+                chunks.forget(id);
+            }
+            Ok::<_, String>(found)
+        };
+        let found = tokio::task::spawn_blocking(read)
+            .await
+            .map_err(|e| e.to_string())??;
+        if !found.damaged.is_empty() {
+            self.damage.notify_one();
+        }
+        Ok(found.records.into_iter().map(to_wire).collect())
+    }
+}
+
+fn to_wire(record: Record) -> WireRecord {
+    WireRecord {
+        id: record.id.0,
+        codec: record.codec as u8,
+        raw_len: record.raw_len,
+        data: record.data,
+    }
+}
+
+/// From the wire's form to the store's, not yet verified.
+pub(super) fn to_stored(record: WireRecord) -> Result<Record, String> {
+    let codec = Codec::from_byte(record.codec).ok_or("a record of unknown form")?;
+    Ok(Record {
+        id: ChunkId(record.id),
+        codec,
+        raw_len: record.raw_len,
+        data: record.data,
+    })
+}
