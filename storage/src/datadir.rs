@@ -202,7 +202,9 @@ fn decode(path: &Path, bytes: &[u8]) -> Result<Identity> {
             path.display()
         )));
     }
-    let (identity, used) = bincode::serde::decode_from_slice(body, bincode::config::standard())
+    // The encoding is the standard one; a length in it is not believed beyond this.
+    let limits = bincode::config::standard().with_limit::<{ 16 << 20 }>();
+    let (identity, used) = bincode::serde::decode_from_slice(body, limits)
         .map_err(|e| damaged(&format!("it cannot be read ({e})")))?;
     if used != body.len() {
         return Err(damaged("bytes follow its end"));

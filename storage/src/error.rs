@@ -32,7 +32,9 @@ pub enum StorageError {
     #[error("{0}")]
     Foreign(String),
     /// Another process has it.
-    #[error("{0} is in use by another process")]
+    #[error(
+        "{0} is in use by another process; stop that one first, or give this one a directory of its own"
+    )]
     Locked(PathBuf),
     /// A previous write failed; nothing more is accepted.
     #[error("storage stopped after an earlier failure: {0}")]

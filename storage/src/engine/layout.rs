@@ -30,6 +30,8 @@ const HEAD_LEN: usize = 1 + 8 + 8;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Root {
     pub(super) generation: u64,
+    /// Changes committed so far: never goes back.
+    pub(super) commits: u64,
     /// Entries in the generation.
     pub(super) count: u64,
     /// Wrapping sum of the entries' digests: a lost or a resurrected entry shows.
@@ -145,10 +147,10 @@ pub(super) fn parse_head(bytes: &[u8]) -> Option<Head<'_>> {
     (fixed[0] == VERSION && first.len() as u64 == expected).then_some(head)
 }
 
-/// Root as bytes: version, crc32 of the rest, generation, count, sum.
+/// Root as bytes: version, crc32 of the rest, generation, commits, count, sum.
 pub(super) fn encode_root(root: Root) -> Vec<u8> {
     let mut body = Vec::new();
-    for word in [root.generation, root.count, root.sum] {
+    for word in [root.generation, root.commits, root.count, root.sum] {
         body.extend_from_slice(&word.to_le_bytes());
     }
     let mut bytes = vec![VERSION];
@@ -161,15 +163,32 @@ pub(super) fn encode_root(root: Root) -> Vec<u8> {
 pub(super) fn parse_root(bytes: &[u8]) -> Option<Root> {
     let (version, rest) = bytes.split_first()?;
     let (crc, body) = rest.split_at_checked(4)?;
-    if *version != VERSION || body.len() != 24 || crc != crc32fast::hash(body).to_le_bytes() {
+    if *version != VERSION || body.len() != 32 || crc != crc32fast::hash(body).to_le_bytes() {
         return None;
     }
     let word = |at: usize| Some(u64::from_le_bytes(body[at..at + 8].try_into().ok()?));
     Some(Root {
         generation: word(0)?,
-        count: word(8)?,
-        sum: word(16)?,
+        commits: word(8)?,
+        count: word(16)?,
+        sum: word(24)?,
     })
+}
+
+/// The file beside the store: number of commits that are durable, and crc32 of that.
+pub(super) fn encode_durable(commits: u64) -> [u8; 12] {
+    let mut bytes = [0; 12];
+    bytes[..8].copy_from_slice(&commits.to_le_bytes());
+    let crc = crc32fast::hash(&bytes[..8]);
+    bytes[8..].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+/// Parse and verify it.
+pub(super) fn parse_durable(bytes: &[u8]) -> Option<u64> {
+    let (number, crc) = bytes.split_at_checked(8)?;
+    (crc == crc32fast::hash(number).to_le_bytes())
+        .then_some(u64::from_le_bytes(number.try_into().ok()?))
 }
 
 #[cfg(test)]
@@ -200,13 +219,14 @@ mod tests {
     fn golden_root() {
         let root = Root {
             generation: 2,
+            commits: 5,
             count: 3,
             sum: 4,
         };
         let bytes = encode_root(root);
         assert_eq!(
             hex::encode(&bytes),
-            "0127bc78d7020000000000000003000000000000000400000000000000"
+            "01c8196e640200000000000000050000000000000003000000000000000400000000000000"
         );
         assert_eq!(parse_root(&bytes), Some(root));
         for bit in 0..bytes.len() * 8 {

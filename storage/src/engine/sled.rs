@@ -6,11 +6,13 @@
 //!   and should a page end up there all the same, its file is synced before a checkpoint returns.
 //! * A kill during recovery leaves `snap.*.generating`, with which it never opens again: deleted before.
 //! * Its own flush thread is off: one caller writes, and knows what is durable when.
+//! * Damage in the middle of its file it takes for a torn end, and goes back to an older state without a
+//!   word (58 of 60 flipped bits): a file of ours says how many commits were durable, and fewer are refused.
 //! * A failed write is final: every later call is refused.
 
 use super::layout::{self, Root};
 use super::{Change, Engine, Loaded};
-use crate::disk::{Disk, RealDisk, create_dir_durable, io_error};
+use crate::disk::{Disk, DiskFile, RealDisk, create_dir_durable, io_error};
 use crate::error::REPAIR_HINT;
 use crate::{Result, StorageError};
 use parking_lot::Mutex;
@@ -18,9 +20,15 @@ use sled::Batch;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+/// Our file beside sled's.
+const DURABLE: &str = "durable";
 /// Pages kept in memory. The whole state is in memory above us; this is for writing.
 const CACHE_BYTES: u64 = 64 << 20;
+/// How long an earlier handle of this process may keep the lock after it was dropped.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// About the bytes and the keys in one batch of a large change: bounds memory and the length of a flush.
 const BATCH_BYTES: usize = 1 << 20;
 const BATCH_KEYS: usize = 1024;
@@ -30,8 +38,12 @@ const BATCH_KEYS: usize = 1024;
 pub struct SledEngine {
     dir: PathBuf,
     db: sled::Db,
+    /// Where the descriptors are opened that we sync.
+    disk: Arc<dyn Disk>,
     /// Ours, of the file that holds everything.
-    file: File,
+    file: Arc<dyn DiskFile>,
+    /// Says how many commits are durable. Written after each, never synced: it may lag, not lead.
+    durable: Arc<dyn DiskFile>,
     state: Mutex<State>,
 }
 
@@ -46,17 +58,20 @@ struct State {
 impl SledEngine {
     /// Open or create. Removes what an interrupted [`Engine::replace`] left.
     pub fn open(dir: &Path) -> Result<Self> {
-        create_dir_durable(&RealDisk, dir)?;
+        Self::open_on(dir, Arc::new(RealDisk))
+    }
+
+    /// Open with our own syncs going through another disk; sled's own reads and writes cannot.
+    pub fn open_on(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self> {
+        create_dir_durable(&*disk, dir)?;
         remove_half_snapshots(dir)?;
-        let db = sled::Config::new()
-            .path(dir)
-            .cache_capacity(CACHE_BYTES)
-            .flush_every_ms(None)
-            .open()
-            .map_err(|e| fault(dir, "open", e))?;
+        let db = open_db(dir)?;
         let path = dir.join("db");
+        let (durable, commits) = open_durable(&*disk, dir)?;
         let engine = Self {
-            file: File::open(&path).map_err(io_error("open", &path))?,
+            durable,
+            file: disk.open(&path).map_err(io_error("open", &path))?,
+            disk,
             dir: dir.to_path_buf(),
             db,
             state: Mutex::default(),
@@ -66,6 +81,12 @@ impl SledEngine {
         if let Some(bytes) = engine.get(layout::ROOT_KEY)? {
             state.root = layout::parse_root(&bytes)
                 .ok_or_else(|| engine.damaged("its root does not match its checksum"))?;
+        }
+        if state.root.commits < commits {
+            return Err(engine.damaged(format!(
+                "commit {} was durable, but the newest that can be read is {}",
+                commits, state.root.commits
+            )));
         }
         engine.drop_others(&mut state)?;
         drop(state);
@@ -81,7 +102,7 @@ impl SledEngine {
             file.sync_all().map_err(io_error("sync", &path))?;
         }
         for dir in [self.dir.join("blobs"), self.dir.clone()] {
-            RealDisk
+            self.disk
                 .sync_dir(&dir)
                 .map_err(io_error("sync directory", &dir))?;
         }
@@ -172,7 +193,7 @@ impl SledEngine {
             present.insert(path);
         }
         if !present.is_subset(&state.synced) {
-            RealDisk
+            self.disk
                 .sync_dir(&dir)
                 .map_err(io_error("sync directory", &dir))?;
         }
@@ -181,12 +202,15 @@ impl SledEngine {
     }
 
     /// Write the root with a batch, and make both durable.
-    fn commit(&self, state: &mut State, mut batch: Batch, root: Root) -> Result<()> {
+    fn commit(&self, state: &mut State, mut batch: Batch, mut root: Root) -> Result<()> {
+        root.commits = state.root.commits + 1;
         batch.insert(layout::ROOT_KEY, layout::encode_root(root));
         self.apply(batch)?;
         self.sync(state)?;
         state.root = root;
-        Ok(())
+        self.durable
+            .write_all_at(&layout::encode_durable(root.commits), 0)
+            .map_err(io_error("write", &self.dir.join(DURABLE)))
     }
 
     /// Remove every key that does not belong to the current generation, in bounded batches.
@@ -287,6 +311,7 @@ impl Engine for SledEngine {
         let root = self.state.lock().root;
         let mut seen = Root {
             generation: root.generation,
+            commits: root.commits,
             ..Root::default()
         };
         let mut loaded = Loaded::default();
@@ -342,7 +367,7 @@ impl Engine for SledEngine {
     }
 
     fn disk_bytes(&self) -> u64 {
-        let file = self.file.metadata().map_or(0, |m| m.len());
+        let file = self.file.size().unwrap_or(0);
         let blobs = std::fs::read_dir(self.dir.join("blobs"))
             .into_iter()
             .flatten()
@@ -350,6 +375,39 @@ impl Engine for SledEngine {
             .sum::<u64>();
         file + blobs
     }
+}
+
+/// A handle that was dropped may hold the lock a little longer (sled's own threads do): wait for that.
+fn open_db(dir: &Path) -> Result<sled::Db> {
+    let config = sled::Config::new()
+        .path(dir)
+        .cache_capacity(CACHE_BYTES)
+        .flush_every_ms(None);
+    let until = Instant::now() + LOCK_WAIT;
+    loop {
+        match config.open() {
+            Ok(db) => return Ok(db),
+            Err(sled::Error::Io(e)) if e.to_string().contains("could not acquire lock") => {
+                if Instant::now() >= until {
+                    return Err(StorageError::Locked(dir.to_path_buf()));
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(e) => return Err(fault(dir, "open", e)),
+        }
+    }
+}
+
+/// Open or create the file that says how many commits are durable. One that does not verify says nothing.
+fn open_durable(disk: &dyn Disk, dir: &Path) -> Result<(Arc<dyn DiskFile>, u64)> {
+    let path = dir.join(DURABLE);
+    if !path.exists() {
+        let file = disk.create(&path).map_err(io_error("create", &path))?;
+        return Ok((file, 0));
+    }
+    let file = disk.open(&path).map_err(io_error("open", &path))?;
+    let bytes = std::fs::read(&path).map_err(io_error("read", &path))?;
+    Ok((file, layout::parse_durable(&bytes).unwrap_or(0)))
 }
 
 /// A kill while it recovers leaves these, and then it refuses to open (sled issues #1527, #1533).

@@ -170,11 +170,7 @@ fn replay(mut platter: Platter, events: &[Event], mut luck: Luck<'_>) -> Platter
 
 fn apply(file: &mut Vec<u8>, event: &Event, keep: &mut dyn FnMut(usize) -> bool) {
     match event {
-        Event::SetLen(_, len) => {
-            if keep(0) {
-                file.resize(*len as usize, 0);
-            }
-        }
+        Event::SetLen(_, len) if keep(0) => file.resize(*len as usize, 0),
         Event::Write(_, offset, bytes) => {
             let mut at = 0;
             while at < bytes.len() {
@@ -223,7 +219,12 @@ impl Disk for PowerDisk {
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
         let real = RealDisk.open(path)?;
-        let inode = self.journal.lock().unwrap().names[path];
+        let mut journal = self.journal.lock().unwrap();
+        let unknown = journal.next_inode;
+        // A file that something else made (sled does) is known from here on.
+        let inode = *journal.names.entry(path.to_path_buf()).or_insert(unknown);
+        journal.next_inode += usize::from(inode == unknown);
+        drop(journal);
         Ok(self.file(real, inode))
     }
 

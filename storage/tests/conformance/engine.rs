@@ -1,10 +1,11 @@
 //! The suite of every [`Engine`], and what only sled's files can show: reopening.
 
+use crate::disk::{Event, PowerDisk};
 use crate::support::Random;
 use mainstay_storage::StorageError;
 use mainstay_storage::engine::{Change, Engine, Loaded, MemoryEngine, SledEngine};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// sled hangs when eight or more are open in one process: these tests take turns.
 static TURN: Mutex<()> = Mutex::new(());
@@ -191,4 +192,104 @@ fn a_half_written_recovery_snapshot_does_not_keep_it_shut() {
     let engine = SledEngine::open(dir.path()).unwrap();
     assert!(!left.exists());
     assert_eq!(engine.load().unwrap(), loaded(b"m", &[(b"k", b"v")]));
+}
+
+/// sled's `flush` alone is not durable: each checkpoint and replacement ends with a sync of ours.
+#[test]
+fn nothing_returns_before_our_own_sync() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = PowerDisk::over(dir.path());
+    let engine = SledEngine::open_on(dir.path(), Arc::new(disk.clone())).unwrap();
+    let syncs = || {
+        disk.events()
+            .iter()
+            .filter(|e| matches!(e, Event::Sync(_)))
+            .count()
+    };
+    for n in 0..10u8 {
+        let before = syncs();
+        engine.checkpoint(&[set(&[n], b"v")], &[n]).unwrap();
+        assert_eq!(syncs(), before + 1);
+    }
+    let before = syncs();
+    engine.replace(&mut std::iter::empty(), b"m").unwrap();
+    assert!(
+        syncs() >= before + 2,
+        "the new content, then the switch to it"
+    );
+}
+
+#[test]
+fn after_a_failed_sync_every_change_fails() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = PowerDisk::over(dir.path());
+    let engine = SledEngine::open_on(dir.path(), Arc::new(disk.clone())).unwrap();
+    engine.checkpoint(&[set(b"k", b"v")], b"m").unwrap();
+    disk.fail_after(0);
+    let failed = engine.checkpoint(&[set(b"k", b"w")], b"n");
+    assert!(matches!(failed, Err(StorageError::Io { .. })), "{failed:?}");
+    disk.fail_after(usize::MAX);
+    let refused = engine.checkpoint(&[], b"o");
+    assert!(
+        matches!(refused, Err(StorageError::Stopped(_))),
+        "{refused:?}"
+    );
+    let refused = engine.replace(&mut std::iter::empty(), b"o");
+    assert!(
+        matches!(refused, Err(StorageError::Stopped(_))),
+        "{refused:?}"
+    );
+}
+
+/// Flipped bits in the store's file: refused, or without effect. Never other content, and never an older
+/// checkpoint, to which sled goes back in silence.
+#[test]
+fn flipped_bits_are_noticed() {
+    let _turn = turn();
+    let source = tempfile::tempdir().unwrap();
+    let engine = SledEngine::open(source.path()).unwrap();
+    for n in 0..40u8 {
+        let len = if n % 7 == 0 { 9000 } else { 200 };
+        let changes = [
+            set(&[n % 16], &Random(u64::from(n) + 1).bytes(len)),
+            removed(&[(n + 8) % 16]),
+        ];
+        engine.checkpoint(&changes, &[n]).unwrap();
+    }
+    let last = Some(engine.load().unwrap());
+    drop(engine);
+    let (mut refused, mut same) = (0, 0);
+    let mut random = Random(99);
+    for _ in 0..60 {
+        let dir = tempfile::tempdir().unwrap();
+        for item in std::fs::read_dir(source.path()).unwrap() {
+            let path = item.unwrap().path();
+            if path.is_file() {
+                std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+            }
+        }
+        std::fs::create_dir(dir.path().join("blobs")).unwrap();
+        let db = dir.path().join("db");
+        let mut bytes = std::fs::read(&db).unwrap();
+        let used = bytes.iter().rposition(|b| *b != 0).unwrap() as u64;
+        bytes[random.below(used) as usize] ^= 1 << random.below(8);
+        std::fs::write(&db, bytes).unwrap();
+        match SledEngine::open(dir.path()).and_then(|engine| engine.load()) {
+            Err(error) => {
+                assert!(matches!(error, StorageError::Corrupt { .. }), "{error}");
+                assert!(
+                    error.to_string().contains("mainstay member replace"),
+                    "{error}"
+                );
+                refused += 1;
+            }
+            Ok(found) => {
+                assert_eq!(Some(found), last);
+                same += 1;
+            }
+        }
+    }
+    assert!(refused >= 30, "refused {refused}, without effect {same}");
 }

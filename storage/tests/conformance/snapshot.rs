@@ -145,6 +145,22 @@ fn every_flip_and_every_cut_is_noticed() {
     refused(&longer, "a byte more");
 }
 
+/// The bytes on disk, and between members of different releases.
+#[test]
+fn golden_file() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = SnapshotDir::open(temp.path()).unwrap();
+    let entries = vec![(b"a".to_vec(), b"1".to_vec()), (b"b".to_vec(), Vec::new())];
+    let path = dir.write("s", b"meta", &mut entries.into_iter()).unwrap();
+    let bytes = std::fs::read(path).unwrap();
+    let (content, digest) = bytes.split_at(bytes.len() - 32);
+    assert_eq!(
+        hex::encode(content),
+        "4d5354534e41500001000000040000002bd2c5446d6574610101000000010000000000000061310101000000000000000000000062000200000000000000"
+    );
+    assert_eq!(digest, blake3::hash(content).as_bytes());
+}
+
 #[test]
 fn disorder_is_refused() {
     let temp = tempfile::tempdir().unwrap();
