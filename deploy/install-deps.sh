@@ -1,0 +1,61 @@
+#!/bin/sh
+# Installs what `make demo` and `make test` need on Debian 12, 13 and Ubuntu: QEMU and the tools that
+# guest/build.sh uses. Run it as root or as a user who may sudo; where nothing is missing it does
+# nothing and needs neither.
+set -eu
+export LC_ALL=C DEBIAN_FRONTEND=noninteractive
+
+here=$(cd "$(dirname "$0")" && pwd)
+packages="qemu-system-x86 gcc $(grep -v '^#' "$here/../guest/packages.txt" | tr '\n' ' ')"
+
+die() { echo "install-deps: $*" >&2; exit 1; }
+
+missing() {
+    for package in $packages; do
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+            printf '%s ' "$package"
+    done
+}
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo -E "$@"; fi
+}
+
+# Others may hold the package database for a while: wait for them.
+apt() { as_root apt-get -o DPkg::Lock::Timeout=300 "$@"; }
+add() { apt install -y --no-install-recommends "$@"; }
+
+# Some Debian images carry qemu-utils from backports; the rest of QEMU must then come from there, too.
+# The mirror is the one that apt already uses for the release.
+from_backports() {
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    [ -n "$codename" ] || die "this system does not say which release it is"
+    suite=$codename-backports
+    known=$(apt-get indextargets --format '$(RELEASE)' 'Created-By: Packages' | grep -Fx "$suite" || :)
+    if [ -z "$known" ]; then
+        mirror=$(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
+            sed -n "s/^$codename main //p" | head -n 1)
+        [ -n "$mirror" ] || die "apt has no source for $codename; add one for $suite and run this again"
+        keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+        option=
+        [ ! -e "$keyring" ] || option="[signed-by=$keyring] "
+        echo "deb $option$mirror $suite main" |
+            as_root tee "/etc/apt/sources.list.d/mainstay-backports.list" >/dev/null
+        apt update
+    fi
+    echo "install-deps: taking QEMU from $suite" >&2
+    add -t "$suite" "$@"
+}
+
+command -v apt-get >/dev/null || die "no apt-get here; install by hand: $packages"
+wanted=$(missing)
+if [ -z "$wanted" ]; then
+    echo "install-deps: everything is there"
+    exit 0
+fi
+[ "$(id -u)" = 0 ] || command -v sudo >/dev/null || die "run this as root: $wanted is missing"
+apt update || echo "install-deps: no fresh package lists; trying with the old ones" >&2
+# shellcheck disable=SC2086 # words on purpose
+add $wanted || from_backports $wanted
+[ -z "$(missing)" ] || die "still missing: $(missing)"
+echo "install-deps: done"
