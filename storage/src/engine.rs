@@ -3,6 +3,7 @@
 //! A checkpoint is one atomic batch that carries the changed keys *and* the mark (applied index,
 //! membership), so that a crash finds both or neither.
 
+mod durable;
 mod layout;
 mod memory;
 mod sled;

@@ -10,6 +10,7 @@
 //!   word (58 of 60 flipped bits): a file of ours says how many commits were durable, and fewer are refused.
 //! * A failed write is final: every later call is refused.
 
+use super::durable::Durable;
 use super::layout::{self, Root};
 use super::{Change, Engine, Loaded};
 use crate::disk::{Disk, DiskFile, RealDisk, create_dir_durable, io_error};
@@ -23,8 +24,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Our file beside sled's.
-const DURABLE: &str = "durable";
 /// Pages kept in memory. The whole state is in memory above us; this is for writing.
 const CACHE_BYTES: u64 = 64 << 20;
 /// How long an earlier handle of this process may keep the lock after it was dropped.
@@ -42,8 +41,7 @@ pub struct SledEngine {
     disk: Arc<dyn Disk>,
     /// Ours, of the file that holds everything.
     file: Arc<dyn DiskFile>,
-    /// Says how many commits are durable. Written after each, never synced: it may lag, not lead.
-    durable: Arc<dyn DiskFile>,
+    durable: Durable,
     state: Mutex<State>,
 }
 
@@ -67,7 +65,7 @@ impl SledEngine {
         remove_half_snapshots(dir)?;
         let db = open_db(dir)?;
         let path = dir.join("db");
-        let (durable, commits) = open_durable(&*disk, dir)?;
+        let (durable, commits) = Durable::open(&*disk, dir)?;
         let engine = Self {
             durable,
             file: disk.open(&path).map_err(io_error("open", &path))?,
@@ -208,9 +206,7 @@ impl SledEngine {
         self.apply(batch)?;
         self.sync(state)?;
         state.root = root;
-        self.durable
-            .write_all_at(&layout::encode_durable(root.commits), 0)
-            .map_err(io_error("write", &self.dir.join(DURABLE)))
+        self.durable.note(root.commits)
     }
 
     /// Remove every key that does not belong to the current generation, in bounded batches.
@@ -396,18 +392,6 @@ fn open_db(dir: &Path) -> Result<sled::Db> {
             Err(e) => return Err(fault(dir, "open", e)),
         }
     }
-}
-
-/// Open or create the file that says how many commits are durable. One that does not verify says nothing.
-fn open_durable(disk: &dyn Disk, dir: &Path) -> Result<(Arc<dyn DiskFile>, u64)> {
-    let path = dir.join(DURABLE);
-    if !path.exists() {
-        let file = disk.create(&path).map_err(io_error("create", &path))?;
-        return Ok((file, 0));
-    }
-    let file = disk.open(&path).map_err(io_error("open", &path))?;
-    let bytes = std::fs::read(&path).map_err(io_error("read", &path))?;
-    Ok((file, layout::parse_durable(&bytes).unwrap_or(0)))
 }
 
 /// A kill while it recovers leaves these, and then it refuses to open (sled issues #1527, #1533).

@@ -18,7 +18,7 @@ struct Sample {
 impl Sample {
     /// A log of some segments, closed; the last ten entries are in the last segment.
     fn new(count: u64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = crate::support::tempdir();
         let wal = Wal::open_with(dir.path(), small_options()).unwrap();
         wait(|done| wal.save_vote(Bytes::from_static(b"vote"), done)).unwrap();
         let fill = |wal: &Wal, indexes: std::ops::Range<u64>| {
@@ -52,7 +52,7 @@ impl Sample {
 
 /// Open a copy of the log in which one file has other bytes.
 fn open_with(sample: &Sample, file: &Path, bytes: &[u8]) -> Result<(Wal, tempfile::TempDir)> {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     for other in sample.files() {
         let to = dir.path().join(other.file_name().unwrap());
         if other == file {
@@ -176,7 +176,7 @@ fn zeros_at_the_end_are_a_tear_and_in_the_middle_damage() {
 /// nothing in it was acknowledged.
 #[test]
 fn a_torn_batch_whose_end_survived_is_a_tear() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let wal = Wal::open(dir.path()).unwrap();
     append(&wal, 0, &[b"acknowledged"]).unwrap();
     append(&wal, 1, &[b"one", b"two", b"three"]).unwrap();
@@ -216,7 +216,7 @@ fn a_missing_segment_is_damage() {
     let files = sample.files();
     assert!(files.len() > 3);
     for missing in 0..files.len() - 1 {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = crate::support::tempdir();
         for (i, file) in files.iter().enumerate() {
             if i != missing {
                 std::fs::copy(file, dir.path().join(file.file_name().unwrap())).unwrap();
@@ -235,7 +235,7 @@ fn a_missing_segment_is_damage() {
 fn records_inside_an_entry_are_not_records() {
     let sample = Sample::new(40);
     let inside = std::fs::read(sample.last()).unwrap();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let wal = Wal::open(dir.path()).unwrap();
     append(&wal, 0, &[b"before"]).unwrap();
     append(&wal, 1, &[&inside]).unwrap();
@@ -260,7 +260,7 @@ fn records_inside_an_entry_are_not_records() {
 
 #[test]
 fn damage_under_a_running_log_is_noticed_by_the_read() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let wal = Wal::open_with(dir.path(), small_options()).unwrap();
     for i in 0..3u64 {
         append(&wal, i, &[&[7; 100]]).unwrap();

@@ -22,7 +22,7 @@ fn unexpected() -> Identity {
 
 #[test]
 fn an_identity_is_made_once_and_kept() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let root = temp.path().join("deep").join("data");
     let (dir, made) = DataDir::open(&root, || identity(7)).unwrap();
     assert_eq!(made, identity(7));
@@ -42,7 +42,7 @@ fn an_identity_is_made_once_and_kept() {
 
 #[test]
 fn only_one_may_have_it() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let (dir, _) = DataDir::open(temp.path(), || identity(1)).unwrap();
     let second = DataDir::open(temp.path(), unexpected);
     assert!(matches!(second, Err(StorageError::Locked(_))), "{second:?}");
@@ -52,7 +52,7 @@ fn only_one_may_have_it() {
 
 #[test]
 fn a_stranger_is_refused_and_not_touched() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     std::fs::write(temp.path().join("thesis.txt"), b"years of work").unwrap();
     let error = DataDir::open(temp.path(), unexpected).unwrap_err();
     assert!(matches!(error, StorageError::Foreign(_)), "{error:?}");
@@ -64,7 +64,7 @@ fn a_stranger_is_refused_and_not_touched() {
     let error = DataDir::open(&temp.path().join("thesis.txt"), unexpected).unwrap_err();
     assert!(matches!(error, StorageError::Foreign(_)), "{error:?}");
     // Our own parts without the identity are not ours to take over either.
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     drop(DataDir::open(temp.path(), || identity(1)).unwrap());
     std::fs::remove_file(temp.path().join("identity")).unwrap();
     let error = DataDir::open(temp.path(), unexpected).unwrap_err();
@@ -76,7 +76,7 @@ fn a_stranger_is_refused_and_not_touched() {
 
 #[test]
 fn a_new_file_system_and_an_interrupted_creation_are_fine() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     std::fs::create_dir(temp.path().join("lost+found")).unwrap();
     std::fs::write(temp.path().join("lock"), b"").unwrap();
     std::fs::write(temp.path().join("identity.tmp"), b"MAINS").unwrap();
@@ -85,7 +85,7 @@ fn a_new_file_system_and_an_interrupted_creation_are_fine() {
 
 #[test]
 fn another_format_and_damage_are_told_apart() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     drop(DataDir::open(temp.path(), || identity(1)).unwrap());
     let path = temp.path().join("identity");
     let bytes = std::fs::read(&path).unwrap();
@@ -121,7 +121,7 @@ fn another_format_and_damage_are_told_apart() {
 
 #[test]
 fn a_saved_identity_survives_a_power_cut() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let (root, image) = (temp.path().join("d"), temp.path().join("image"));
     std::fs::create_dir(&root).unwrap();
     let disk = PowerDisk::over(&root);

@@ -17,7 +17,7 @@ pub(crate) fn turn() -> MutexGuard<'static, ()> {
 fn each(check: impl Fn(&dyn Engine)) {
     check(&MemoryEngine::new());
     let _turn = turn();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     check(&SledEngine::open(&dir.path().join("state")).unwrap());
 }
 
@@ -139,7 +139,7 @@ fn replace_refuses_disorder_and_changes_nothing() {
 fn sled_agrees_with_a_map_across_reopenings() {
     let _turn = turn();
     let mut random = Random(77);
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let mut engine = SledEngine::open(dir.path()).unwrap();
     let mut model: BTreeMap<Vec<u8>, Vec<u8>> = BTreeMap::new();
     for step in 0..120u64 {
@@ -183,7 +183,7 @@ fn sled_agrees_with_a_map_across_reopenings() {
 #[test]
 fn a_half_written_recovery_snapshot_does_not_keep_it_shut() {
     let _turn = turn();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let engine = SledEngine::open(dir.path()).unwrap();
     engine.checkpoint(&[set(b"k", b"v")], b"m").unwrap();
     drop(engine);
@@ -198,7 +198,7 @@ fn a_half_written_recovery_snapshot_does_not_keep_it_shut() {
 #[test]
 fn nothing_returns_before_our_own_sync() {
     let _turn = turn();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let disk = PowerDisk::over(dir.path());
     let engine = SledEngine::open_on(dir.path(), Arc::new(disk.clone())).unwrap();
     let syncs = || {
@@ -223,7 +223,7 @@ fn nothing_returns_before_our_own_sync() {
 #[test]
 fn after_a_failed_sync_every_change_fails() {
     let _turn = turn();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let disk = PowerDisk::over(dir.path());
     let engine = SledEngine::open_on(dir.path(), Arc::new(disk.clone())).unwrap();
     engine.checkpoint(&[set(b"k", b"v")], b"m").unwrap();
@@ -248,7 +248,7 @@ fn after_a_failed_sync_every_change_fails() {
 #[test]
 fn flipped_bits_are_noticed() {
     let _turn = turn();
-    let source = tempfile::tempdir().unwrap();
+    let source = crate::support::tempdir();
     let engine = SledEngine::open(source.path()).unwrap();
     for n in 0..40u8 {
         let len = if n % 7 == 0 { 9000 } else { 200 };
@@ -263,7 +263,7 @@ fn flipped_bits_are_noticed() {
     let (mut refused, mut same) = (0, 0);
     let mut random = Random(99);
     for _ in 0..60 {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = crate::support::tempdir();
         for item in std::fs::read_dir(source.path()).unwrap() {
             let path = item.unwrap().path();
             if path.is_file() {

@@ -127,7 +127,7 @@ fn spawn(dir: &Path) -> Child {
 
 #[test]
 fn survives_kills() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let mut random = Random(0xC0FFEE);
     let mut acked: BTreeMap<String, u64> = BTreeMap::new();
     let (mut opened, mut early) = (0, 0);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, mpsc};
 /// Run a check on every implementation.
 fn each(check: impl Fn(Arc<dyn Log>)) {
     check(Arc::new(MemoryLog::new()));
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     check(Arc::new(Wal::open(&dir.path().join("log")).unwrap()));
     check(Arc::new(small(&dir.path().join("small"))));
 }
@@ -180,7 +180,7 @@ fn reads_are_bounded_but_never_empty() {
 
 #[test]
 fn votes_and_marks_are_kept() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let log = Wal::open(dir.path()).unwrap();
     wait(|done| log.save_vote(b(b"v1"), done)).unwrap();
     wait(|done| log.save_vote(b(b"v2"), done)).unwrap();
@@ -200,7 +200,7 @@ fn votes_and_marks_are_kept() {
 
 #[test]
 fn purged_segments_are_deleted_and_everything_else_survives() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let log = small(dir.path());
     wait(|done| log.save_vote(b(b"the vote of the first segment"), done)).unwrap();
     for i in 0..200u64 {
@@ -227,7 +227,7 @@ fn purged_segments_are_deleted_and_everything_else_survives() {
 fn files_and_memory_agree() {
     for seed in 1..=8 {
         let mut random = Random(seed * 0x9E37_79B9);
-        let dir = tempfile::tempdir().unwrap();
+        let dir = crate::support::tempdir();
         let mut wal = small(dir.path());
         let memory = MemoryLog::new();
         for step in 0..400 {

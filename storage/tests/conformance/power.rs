@@ -139,7 +139,7 @@ fn is_partial(history: &[Kept], found: &Kept) -> bool {
 /// acknowledged is there.
 #[test]
 fn nothing_is_acknowledged_before_it_is_synced() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let (from, image) = (dir.path().join("log"), dir.path().join("image"));
     std::fs::create_dir(&from).unwrap();
     let disk = PowerDisk::over(&from);
@@ -164,7 +164,7 @@ fn nothing_is_acknowledged_before_it_is_synced() {
 fn power_cuts_lose_nothing_acknowledged() {
     for seed in 1..=6 {
         let mut random = Random(seed * 7919);
-        let dir = tempfile::tempdir().unwrap();
+        let dir = crate::support::tempdir();
         let (from, image) = (dir.path().join("log"), dir.path().join("image"));
         std::fs::create_dir(&from).unwrap();
         for life in 0..12 {
@@ -205,7 +205,7 @@ fn copy(from: &Wal, to: &MemoryLog) {
 #[test]
 fn after_a_failure_every_change_fails() {
     for count in 0..12 {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = crate::support::tempdir();
         let (from, image) = (dir.path().join("log"), dir.path().join("image"));
         std::fs::create_dir(&from).unwrap();
         let disk = PowerDisk::over(&from);
@@ -240,7 +240,7 @@ fn after_a_failure_every_change_fails() {
 
 #[test]
 fn changes_that_wait_share_a_sync() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = crate::support::tempdir();
     let disk = PowerDisk::over(dir.path());
     let options = WalOptions {
         disk: Arc::new(disk.clone()),

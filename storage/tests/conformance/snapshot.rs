@@ -30,7 +30,7 @@ fn names(dir: &Path) -> Vec<String> {
 
 #[test]
 fn what_is_written_comes_back_and_the_older_goes() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let dir = SnapshotDir::open(&temp.path().join("s")).unwrap();
     assert!(dir.current().unwrap().is_none());
     dir.write("T9-N1-100", b"m1", &mut entries(3).into_iter())
@@ -58,7 +58,7 @@ fn what_is_written_comes_back_and_the_older_goes() {
 
 #[test]
 fn a_large_value_passes_through() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let dir = SnapshotDir::open(temp.path()).unwrap();
     let big = vec![
         (b"k".to_vec(), Random(4).bytes(5 << 20)),
@@ -74,7 +74,7 @@ fn a_large_value_passes_through() {
 
 #[test]
 fn received_files_are_verified_and_leftovers_removed() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let (a, b) = (temp.path().join("a"), temp.path().join("b"));
     let sent = SnapshotDir::open(&a)
         .unwrap()
@@ -117,7 +117,7 @@ fn received_files_are_verified_and_leftovers_removed() {
 
 #[test]
 fn every_flip_and_every_cut_is_noticed() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let dir = SnapshotDir::open(temp.path()).unwrap();
     let path = dir
         .write("s", b"meta", &mut entries(4).into_iter())
@@ -148,7 +148,7 @@ fn every_flip_and_every_cut_is_noticed() {
 /// The bytes on disk, and between members of different releases.
 #[test]
 fn golden_file() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let dir = SnapshotDir::open(temp.path()).unwrap();
     let entries = vec![(b"a".to_vec(), b"1".to_vec()), (b"b".to_vec(), Vec::new())];
     let path = dir.write("s", b"meta", &mut entries.into_iter()).unwrap();
@@ -163,7 +163,7 @@ fn golden_file() {
 
 #[test]
 fn disorder_is_refused() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let dir = SnapshotDir::open(temp.path()).unwrap();
     let mut twice = vec![(b"k".to_vec(), vec![]), (b"k".to_vec(), vec![])].into_iter();
     assert!(matches!(
@@ -176,7 +176,7 @@ fn disorder_is_refused() {
 /// Whenever the power goes, the newest snapshot that was returned to the caller, or a newer, is whole.
 #[test]
 fn power_cuts_leave_a_whole_snapshot() {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = crate::support::tempdir();
     let (from, image) = (temp.path().join("s"), temp.path().join("image"));
     std::fs::create_dir(&from).unwrap();
     let disk = PowerDisk::over(&from);

@@ -70,3 +70,9 @@ impl Random {
         (0..len).map(|_| self.next() as u8).collect()
     }
 }
+
+/// A directory in memory where there is one: these tests check the order of writes and syncs, not the
+/// speed of a disk.
+pub(crate) fn tempdir() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
+}
