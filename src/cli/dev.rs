@@ -220,7 +220,7 @@ impl Cloud {
 
     async fn push(&self, disk: &Path) -> anyhow::Result<()> {
         let client = ApiClient::new(&self.urls())?;
-        let templates: Vec<Value> = client.get("/api/v1/registry/vm").await?;
+        let templates: Vec<Value> = client.get("/api/v1/registry/vm?apiVer=v1").await?;
         if templates
             .iter()
             .any(|template| template["name"] == TEMPLATE)
@@ -289,10 +289,9 @@ impl Cloud {
         let client = ApiClient::new(&self.urls())?;
         let live: Vec<Value> =
             tokio::time::timeout(Duration::from_secs(5), client.get("/api/v1/vm")).await??;
-        let ids: Vec<_> = live
-            .iter()
-            .filter_map(|vm| vm["instance_id"].as_str().or(vm["id"].as_str()))
-            .collect();
+        let live = live.iter().map(|wrapper| &wrapper["vm"]);
+        let live = live.filter(|vm| vm["instance_state"] != "Terminated");
+        let ids: Vec<_> = live.filter_map(|vm| vm["instance_id"].as_str()).collect();
         if ids.is_empty() {
             return Ok(());
         }
