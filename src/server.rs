@@ -13,7 +13,8 @@ use crate::founding::{self, Ledger};
 use crate::http::{About, ApiState, Disk};
 use crate::listen::{self, Door};
 use crate::machine::ModelMachine;
-use crate::peer::{self, Notices, PeerClient, PeerDialer, PeerPort};
+use crate::peer::{self, MemberHttp, Notices, PeerClient, PeerDialer, PeerPort};
+use crate::registry::{self, RegistryService};
 use crate::{agents, cli, http as rest, stamp};
 use anyhow::{Context, anyhow, bail};
 use axum::Router;
@@ -32,6 +33,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
 
 /// A clean stop takes no longer than this; what is not done by then is done by the next start.
 const STOP_MAX: Duration = Duration::from_secs(10);
@@ -259,6 +261,9 @@ fn not_ready(port: &Arc<PeerPort>) -> Router {
 struct Member {
     group: Group,
     api: ApiState,
+    registry: Arc<RegistryService>,
+    /// Ends with the member.
+    tasks: JoinSet<()>,
 }
 
 /// What is opened on disk.
@@ -316,17 +321,30 @@ impl Member {
             chunks: Arc::new(move || chunks.stats()),
         };
         let liveness = agents::Liveness::new();
+        let peers = MemberHttp::new(port.http.for_cluster(cluster_id), group.clone());
+        let registry = RegistryService::new(
+            Arc::new(app.clone()),
+            stores.chunks,
+            MemberId(id),
+            Arc::new(peers),
+            cli::VERSION.to_owned(),
+        );
+        let mut tasks = JoinSet::new();
+        tasks.spawn(Arc::clone(&registry).replicate());
+        let api = ApiState::new(app, liveness, about);
         Ok(Self {
             group,
-            api: ApiState::new(app, liveness, about),
+            api,
+            registry,
+            tasks,
         })
     }
 
     fn routers(&self, port: &Arc<PeerPort>) -> Routers {
         Routers {
             api: rest::router(self.api.clone()),
-            registry: not_ready(port),
-            peer: peer::router(port, Router::new()),
+            registry: registry::registry_router(Arc::clone(&self.registry)),
+            peer: peer::router(port, registry::transfer_router(Arc::clone(&self.registry))),
         }
     }
 
@@ -341,6 +359,7 @@ impl Member {
             }
         }
         closing.send_replace(true);
+        drop(self.tasks);
         self.group.shutdown().await;
     }
 }
