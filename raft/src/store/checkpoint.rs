@@ -26,7 +26,6 @@
 
 use super::fault::{FaultCell, chain};
 use super::log::LogProgress;
-use super::snapshot::SnapshotData;
 use crate::codec::Mark;
 use crate::machine::{Change, Machine};
 use crate::types::{LogId, SnapshotMeta, StoredMembership};
@@ -35,6 +34,7 @@ use mainstay_storage::snapshot::{SnapshotContent, SnapshotDir};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -83,7 +83,7 @@ enum Order {
 /// the current one (a crash cut an install short).
 pub(crate) struct Install {
     pub(crate) content: SnapshotContent,
-    pub(crate) incoming: Option<SnapshotData>,
+    pub(crate) incoming: Option<PathBuf>,
 }
 
 /// Shared between the apply path and the thread.
@@ -349,7 +349,7 @@ impl Worker {
             let name = super::snapshot::name(mark.applied);
             self.parts
                 .snapshots
-                .adopt(&file.path, &name)
+                .adopt(&file, &name)
                 .map_err(|e| fail(&e))?;
         }
         self.parts

@@ -3,7 +3,7 @@
 
 use super::checkpoint::{Checkpointer, Install};
 use super::fault::FaultCell;
-use super::snapshot::{Builder, Snapshot, SnapshotData, open_current};
+use super::snapshot::{Builder, Snapshot, SnapshotData, name, open_current};
 use crate::machine::Machine;
 use crate::types::{Answer, Command, Entry, LogId, Payload, SnapshotMeta, StoredMembership, Types};
 use bytes::Bytes;
@@ -151,7 +151,7 @@ impl RaftStateMachine<Types> for StateMachine {
         meta: &SnapshotMeta,
         snapshot: SnapshotData,
     ) -> io::Result<()> {
-        let install = verified(snapshot).await?;
+        let install = verified(snapshot, self.snapshots.clone(), meta.last_log_id).await?;
         let found = crate::codec::Mark::decode(&install.content.meta)?;
         if found.applied != meta.last_log_id || found.membership != meta.last_membership {
             return Err(io::Error::other(
@@ -174,22 +174,34 @@ impl RaftStateMachine<Types> for StateMachine {
     }
 }
 
-/// The content of a snapshot: already verified when it was received, else read and verified now
-/// (at start, when a crash cut an install short).
-async fn verified(mut snapshot: SnapshotData) -> io::Result<Install> {
+/// The content of a snapshot: already verified when it was received, else read and verified now.
+/// Our own current file (a crash cut an install short) stays where it is; another one is copied in.
+async fn verified(
+    mut snapshot: SnapshotData,
+    snapshots: Arc<SnapshotDir>,
+    applied: Option<LogId>,
+) -> io::Result<Install> {
     if let Some(content) = snapshot.received.take() {
         return Ok(Install {
             content,
-            incoming: Some(snapshot),
+            incoming: Some(snapshot.path),
         });
     }
-    let read = move || mainstay_storage::snapshot::read(&snapshot.path);
-    let content = tokio::task::spawn_blocking(read)
+    let work = move || {
+        let fail = |e: &dyn std::error::Error| io::Error::other(super::fault::chain(e));
+        let current = snapshots.current().map_err(|e| fail(&e))?;
+        let ours = current.is_some_and(|(path, _)| path == snapshot.path);
+        let (path, incoming) = if ours {
+            (snapshot.path, None)
+        } else {
+            let copy = snapshots.incoming(&name(applied));
+            std::fs::copy(&snapshot.path, &copy)?;
+            (copy.clone(), Some(copy))
+        };
+        let content = mainstay_storage::snapshot::read(&path).map_err(|e| fail(&e))?;
+        Ok(Install { content, incoming })
+    };
+    tokio::task::spawn_blocking(work)
         .await
         .map_err(io::Error::other)?
-        .map_err(|e| io::Error::other(super::fault::chain(&e)))?;
-    Ok(Install {
-        content,
-        incoming: None,
-    })
 }
