@@ -1,6 +1,7 @@
 //! Changes of the membership and of the leader: checked and made by the leader, asked for from
 //! any member. Every request may be repeated: what holds already is done.
 
+use super::status::answers;
 use super::{GroupError, Inner};
 use crate::Member;
 use crate::codec;
@@ -8,7 +9,7 @@ use crate::transport::wire::{Admin, Lane, Reply, kind};
 use crate::types::{Membership, Types};
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
-use openraft::{ChangeMembers, Instant as _, RaftMetrics};
+use openraft::{ChangeMembers, RaftMetrics};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -81,7 +82,7 @@ impl Inner {
         }
     }
 
-    fn metrics(&self) -> RaftMetrics<Types> {
+    pub(super) fn metrics(&self) -> RaftMetrics<Types> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
         metrics.clone()
@@ -148,17 +149,8 @@ impl Inner {
             .await
     }
 
-    /// Has this voter answered the leader within a lease?
     fn answers(&self, metrics: &RaftMetrics<Types>, id: u64) -> bool {
-        if id == self.config.id {
-            return true;
-        }
-        let lease = self.config.election.1;
-        let acked = metrics
-            .heartbeat
-            .as_ref()
-            .and_then(|h| h.get(&id).copied().flatten());
-        acked.is_some_and(|at| at.elapsed() < lease)
+        answers(metrics, id, self.config.election.1)
     }
 
     async fn transfer_here(&self, to: Option<u64>) -> Reply<()> {

@@ -24,7 +24,7 @@ use bytes::Bytes;
 use mainstay_storage::{engine::Engine, log::Log, snapshot::SnapshotDir};
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{InitializeError, RaftError};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -203,6 +203,20 @@ impl Group {
     /// Told of every change of [`Status`] (applied index included); of quick successions, the last.
     pub fn watch(&self) -> watch::Receiver<Status> {
         self.inner.status.clone()
+    }
+
+    /// The members that answered this one within a lease; empty unless this member leads.
+    pub fn answering(&self) -> BTreeSet<u64> {
+        let metrics = self.inner.metrics();
+        if metrics.current_leader != Some(metrics.id) {
+            return BTreeSet::new();
+        }
+        let lease = self.inner.config.election.1;
+        let members = metrics.membership_config.membership().nodes();
+        members
+            .map(|(id, _)| *id)
+            .filter(|id| status::answers(&metrics, *id, lease))
+            .collect()
     }
 
     /// Serve one accepted stream from another member until it ends.

@@ -3,8 +3,9 @@
 use crate::Member;
 use crate::store::fault::FaultCell;
 use crate::types::Types;
-use openraft::RaftMetrics;
+use openraft::{Instant as _, RaftMetrics};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// A member's part in the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +51,16 @@ impl Status {
     pub fn is_leader(&self) -> bool {
         self.leader == Some(self.id)
     }
+}
+
+/// Has this member answered the leader, whose metrics these are, within `lease`?
+pub(crate) fn answers(m: &RaftMetrics<Types>, id: u64, lease: Duration) -> bool {
+    let acked = || {
+        m.heartbeat
+            .as_ref()
+            .and_then(|h| h.get(&id).copied().flatten())
+    };
+    id == m.id || acked().is_some_and(|at| at.elapsed() < lease)
 }
 
 pub(crate) fn status_of(m: &RaftMetrics<Types>, applied: u64, fault: &FaultCell) -> Status {

@@ -1,0 +1,206 @@
+//! Partitions, crashes, broken disks and machines.
+
+use crate::support::{BOUND, Cluster, command, eventually};
+use mainstay_raft::GroupError;
+use mainstay_raft::transport::memory::Way;
+use std::time::Duration;
+
+fn others(cluster: &Cluster, id: u64) -> Vec<u64> {
+    cluster.ids().into_iter().filter(|o| *o != id).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partitioned_leader_is_replaced_and_follows_after_healing() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    let old = cluster.leader().await;
+    cluster.put(old, "a", 1).await;
+    cluster.net.isolate(old, &cluster.ids(), true);
+    let rest = others(&cluster, old);
+    // The old leader may append, but neither acknowledge nor serve a read.
+    let alone = cluster.nodes[&old].group();
+    let soon = Duration::from_millis(1500);
+    let (write, read) = tokio::join!(
+        alone.propose(command(900, "a", 100), soon),
+        alone.read_barrier(soon)
+    );
+    assert!(
+        matches!(write, Err(GroupError::Unknown | GroupError::NoLeader)),
+        "{write:?}"
+    );
+    assert!(read.is_err(), "a read in a minority: {read:?}");
+    let new = cluster.leader_among(&rest).await;
+    assert_eq!(cluster.put(new, "a", 10).await, 11);
+    assert_eq!(cluster.get(rest[0], "a").await, 11);
+    cluster.net.isolate(old, &cluster.ids(), false);
+    cluster
+        .wait(old, "follow the new leader", |s| s.leader == Some(new))
+        .await;
+    cluster.converge().await;
+    let sum = cluster.get(old, "a").await;
+    assert_eq!(
+        sum, 11,
+        "what the minority appended was never acknowledged and is gone"
+    );
+    cluster.put(old, "a", 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partitioned_follower_does_not_disturb_the_leader() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    let leader = cluster.leader().await;
+    let lonely = others(&cluster, leader)[0];
+    let term = cluster.nodes[&leader].group().status().term;
+    cluster.net.isolate(lonely, &cluster.ids(), true);
+    for _ in 0..200 {
+        cluster.put(leader, "a", 1).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    cluster.net.isolate(lonely, &cluster.ids(), false);
+    assert_eq!(cluster.get(lonely, "a").await, 200);
+    let status = cluster.nodes[&lonely].group().status();
+    assert_eq!(
+        (status.leader, status.term),
+        (Some(leader), term),
+        "pre-vote keeps the term"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_hears_nobody_gives_way() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    let old = cluster.leader().await;
+    // It can speak and not hear: its heartbeats alone must not keep it in office.
+    for other in others(&cluster, old) {
+        cluster.net.cut(other, old, true);
+    }
+    let rest = others(&cluster, old);
+    let new = cluster.leader_among(&rest).await;
+    cluster.put(new, "a", 3).await;
+    for other in others(&cluster, old) {
+        cluster.net.cut(other, old, false);
+    }
+    assert_eq!(cluster.get(old, "a").await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_and_breaking_network_loses_nothing() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    let slow = Way {
+        cut: false,
+        delay: Duration::from_millis(15),
+    };
+    for a in cluster.ids() {
+        for b in cluster.ids() {
+            cluster.net.set(a, b, slow);
+        }
+    }
+    for round in 0..30 {
+        cluster.put(1 + round % 3, "a", 1).await;
+        cluster.net.reset(1 + round % 3, 1 + (round + 1) % 3);
+    }
+    cluster.converge().await;
+    assert_eq!(cluster.get(3, "a").await, 30);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crashed_member_comes_back_from_its_files() {
+    let mut cluster = Cluster::new(2, |_| {}).await;
+    cluster.add(3, true).await;
+    cluster.found().await;
+    for _ in 0..50 {
+        cluster.put(3, "a", 1).await;
+    }
+    cluster.halt(3).await;
+    for _ in 0..50 {
+        cluster.put(1, "b", 1).await;
+    }
+    cluster.start(3).await;
+    assert_eq!(cluster.get(3, "b").await, 50);
+    assert_eq!(cluster.nodes[&3].machine.get("a"), 50);
+    cluster.converge().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_crash_and_every_acknowledged_write_is_back() {
+    let mut cluster = Cluster::founded(3, |_| {}).await;
+    for round in 0..3 {
+        for _ in 0..40 {
+            cluster.put(1 + round, "a", 1).await;
+        }
+        for id in cluster.ids() {
+            cluster.halt(id).await;
+        }
+        for id in cluster.ids() {
+            cluster.start(id).await;
+        }
+        cluster.leader().await;
+        assert_eq!(cluster.get(3, "a").await, 40 * (round + 1));
+    }
+    cluster.converge().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clean_stop_leaves_nothing_to_apply_again() {
+    let mut cluster =
+        Cluster::founded(1, |c| c.checkpoint_interval = Duration::from_secs(3600)).await;
+    for _ in 0..20 {
+        cluster.put(1, "a", 1).await;
+    }
+    cluster.nodes[&1].group().shutdown().await;
+    cluster.net.detach(1);
+    cluster.nodes.get_mut(&1).unwrap().group = None;
+    cluster.start(1).await;
+    assert_eq!(cluster.get(1, "a").await, 20);
+    assert_eq!(
+        cluster.nodes[&1].machine.applied_commands(),
+        0,
+        "the last checkpoint had it all"
+    );
+    // And a crash leaves all of it to the log.
+    cluster.put(1, "a", 1).await;
+    cluster.halt(1).await;
+    cluster.start(1).await;
+    assert_eq!(cluster.get(1, "a").await, 21);
+    assert_eq!(cluster.nodes[&1].machine.applied_commands(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failing_disk_stops_the_member_and_only_it() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    cluster.put(1, "a", 1).await;
+    let leader = cluster.leader().await;
+    cluster.nodes[&leader].memory_log().stop("the disk is gone");
+    let write = cluster.nodes[&leader]
+        .group()
+        .propose(command(500, "a", 1), BOUND)
+        .await;
+    assert!(matches!(write, Err(GroupError::Stopped(_))), "{write:?}");
+    let status = cluster
+        .wait(leader, "show the fault", |s| s.fault.is_some())
+        .await;
+    assert!(status.fault.unwrap().contains("the disk is gone"));
+    let rest = others(&cluster, leader);
+    cluster.leader_among(&rest).await;
+    cluster.put(rest[0], "b", 2).await;
+    assert_eq!(cluster.get(rest[1], "b").await, 2);
+    let read = cluster.nodes[&leader].group().read_barrier(BOUND).await;
+    assert!(matches!(read, Err(GroupError::Stopped(_))), "{read:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_that_no_machine_understands_stops_every_member() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    let write = cluster.nodes[&1]
+        .group()
+        .propose("poison".into(), Duration::from_secs(5))
+        .await;
+    assert!(write.is_err());
+    for id in cluster.ids() {
+        eventually("stopped", || {
+            cluster.nodes[&id].group().status().fault.is_some()
+        })
+        .await;
+        let fault = cluster.nodes[&id].group().status().fault.unwrap();
+        assert!(fault.contains("cannot be decoded"), "{fault}");
+    }
+}

@@ -1,0 +1,111 @@
+//! Snapshots by log bytes, purges, members that are too far behind for the log.
+
+use crate::support::{Cluster, Disk, eventually, padded};
+use mainstay_raft::GroupConfig;
+use mainstay_storage::log::Log;
+
+fn small_logs(config: &mut GroupConfig) {
+    config.snapshot_log_bytes = 64 << 10;
+    config.keep_entries = 10;
+}
+
+/// Write until the leader has purged what a new member would need.
+async fn write_until_purged(cluster: &Cluster) -> u64 {
+    let leader = cluster.leader().await;
+    let start = cluster.nodes[&leader].memory_log().state().last.unwrap();
+    let mut writes = 0;
+    let purged = || {
+        cluster.nodes[&leader]
+            .memory_log()
+            .state()
+            .purged
+            .is_some_and(|p| p.0 > start)
+    };
+    while !purged() {
+        let batch = (0..50).map(|_| {
+            let command = padded(cluster.command_id(), "a", 1, 1000);
+            cluster.nodes[&leader]
+                .group()
+                .propose(command, crate::support::BOUND)
+        });
+        for answer in futures::future::join_all(batch).await {
+            answer.unwrap();
+            writes += 1;
+        }
+        assert!(writes < 100_000, "never purged");
+    }
+    writes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_far_behind_catches_up_by_snapshot() {
+    let mut cluster = Cluster::founded(3, small_logs).await;
+    cluster.put(1, "b", 5).await;
+    let leader = cluster.leader().await;
+    let behind = cluster.ids().into_iter().find(|id| *id != leader).unwrap();
+    cluster.net.isolate(behind, &cluster.ids(), true);
+    let writes = write_until_purged(&cluster).await;
+    cluster.net.isolate(behind, &cluster.ids(), false);
+    assert_eq!(cluster.get(behind, "a").await, writes);
+    assert!(
+        cluster.nodes[&behind].machine.applied_commands() < writes,
+        "not from the log"
+    );
+    cluster.converge().await;
+    // What it installed is what it starts from.
+    cluster.halt(behind).await;
+    cluster.start(behind).await;
+    assert_eq!(cluster.get(behind, "a").await, writes);
+    assert_eq!(cluster.nodes[&behind].machine.get("b"), 5);
+    cluster.put(behind, "a", 1).await;
+    cluster.converge().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_member_on_files_joins_by_snapshot_and_votes() {
+    let mut cluster = Cluster::founded(2, small_logs).await;
+    let writes = write_until_purged(&cluster).await;
+    cluster.add(3, true).await;
+    cluster.nodes[&1]
+        .group()
+        .add_learner(3, crate::support::member(3))
+        .await
+        .unwrap();
+    cluster.nodes[&2].group().promote(3).await.unwrap();
+    assert_eq!(cluster.get(3, "a").await, writes);
+    let status = cluster.nodes[&3].group().status();
+    assert_eq!(status.members.len(), 3);
+    assert!(
+        status
+            .members
+            .values()
+            .all(|m| m.role == mainstay_raft::Role::Voter)
+    );
+    // With it, the group survives the loss of another.
+    cluster.halt(1).await;
+    cluster.put(3, "a", 1).await;
+    cluster.converge().await;
+    cluster.halt(3).await;
+    cluster.start(3).await;
+    assert_eq!(cluster.get(3, "a").await, writes + 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_stays_bounded_under_writes() {
+    let cluster = Cluster::founded(3, small_logs).await;
+    for _ in 0..3 {
+        write_until_purged(&cluster).await;
+    }
+    for node in cluster.running() {
+        let Disk::Memory { log, .. } = &node.disk else {
+            unreachable!()
+        };
+        eventually("a short log on every member", || {
+            let state = log.state();
+            let kept = state.last.unwrap_or(0) - state.purged.as_ref().map_or(0, |p| p.0);
+            kept < 1000
+        })
+        .await;
+    }
+    cluster.converge().await;
+}
