@@ -221,11 +221,12 @@ impl Shared {
                 continue;
             };
             *written = true;
-            if let Err(e) = Frames.encode(frame.clone(), out) {
-                if let Some((_, answer)) = inner.pending.remove(&frame.id) {
-                    // The asker may have given up.
-                    let _ = answer.send(Err(LinkError::NotSent(e.to_string())));
-                }
+            let id = frame.id;
+            if let Err(e) = Frames.encode(frame, out)
+                && let Some((_, answer)) = inner.pending.remove(&id)
+            {
+                // The asker may have given up.
+                let _ = answer.send(Err(LinkError::NotSent(e.to_string())));
             }
         }
         if !out.is_empty() {

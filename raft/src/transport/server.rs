@@ -129,13 +129,10 @@ impl InWork {
 
     /// The next answer; never without work.
     async fn next(&mut self) -> Frame {
-        loop {
-            let frame = tokio::select! {
-                Some(frame) = self.ordered.next(), if !self.ordered.is_empty() => frame,
-                Some(frame) = self.others.next(), if !self.others.is_empty() => frame,
-                else => std::future::pending().await,
-            };
-            return frame;
+        tokio::select! {
+            Some(frame) = self.ordered.next(), if !self.ordered.is_empty() => frame,
+            Some(frame) = self.others.next(), if !self.others.is_empty() => frame,
+            else => std::future::pending().await,
         }
     }
 }

@@ -278,10 +278,10 @@ impl Cluster {
                 .iter()
                 .map(|id| self.nodes[id].group().status().leader)
                 .collect();
-            if let (1, Some(Some(leader))) = (seen.len(), seen.first()) {
-                if ids.contains(leader) {
-                    return *leader;
-                }
+            if let (1, Some(Some(leader))) = (seen.len(), seen.first())
+                && ids.contains(leader)
+            {
+                return *leader;
             }
             assert!(Instant::now() < end, "no leader among {ids:?}: {seen:?}");
             tokio::time::sleep(Duration::from_millis(5)).await;
