@@ -4,7 +4,7 @@
 use super::{Done, Log, LogEntry, LogState};
 use crate::{Result, StorageError};
 use bytes::Bytes;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
@@ -16,13 +16,20 @@ pub struct MemoryLog {
 
 #[derive(Default)]
 struct Inner {
+    content: Content,
+    /// What a crash would leave, while the disk is held.
+    held: Option<Content>,
+    calls: VecDeque<(Done, Result<()>)>,
+    calling: bool,
+    stopped: Option<String>,
+}
+
+#[derive(Clone, Default)]
+struct Content {
     entries: BTreeMap<u64, Bytes>,
     purged: Option<(u64, Bytes)>,
     vote: Option<Bytes>,
     committed: Option<Bytes>,
-    calls: VecDeque<(Done, Result<()>)>,
-    calling: bool,
-    stopped: Option<String>,
 }
 
 impl std::fmt::Debug for MemoryLog {
@@ -43,28 +50,69 @@ impl MemoryLog {
         self.inner.lock().stopped = Some(why.to_owned());
     }
 
-    /// Make a change and call `done` after those of earlier changes. Whoever finds nobody calling does
-    /// the calling, outside the lock: a callback may come back with another change.
-    fn change(&self, done: Done, change: impl FnOnce(&mut Inner) -> Result<()>) {
+    /// A slow disk: until [`MemoryLog::release`] changes are visible but not durable, and no callback runs.
+    pub fn hold(&self) {
+        let mut inner = self.inner.lock();
+        if inner.held.is_none() {
+            inner.held = Some(inner.content.clone());
+        }
+    }
+
+    /// The disk caught up: everything is durable, and the callbacks run.
+    pub fn release(&self) {
+        let mut inner = self.inner.lock();
+        inner.held = None;
+        call_back(&self.inner, inner);
+    }
+
+    /// A crash: what was durable, as a new log. This one is stopped; callbacks that wait fail.
+    #[must_use]
+    pub fn crash(&self) -> Self {
+        let why = "the process crashed";
+        let mut inner = self.inner.lock();
+        let content = inner.held.take().unwrap_or_else(|| inner.content.clone());
+        inner.stopped = Some(why.into());
+        for (_, result) in &mut inner.calls {
+            *result = Err(StorageError::Stopped(why.into()));
+        }
+        call_back(&self.inner, inner);
+        Self {
+            inner: Mutex::new(Inner {
+                content,
+                ..Inner::default()
+            }),
+        }
+    }
+
+    /// Make a change and call `done` after those of earlier changes.
+    fn change(&self, done: Done, change: impl FnOnce(&mut Content) -> Result<()>) {
         let mut inner = self.inner.lock();
         let result = match &inner.stopped {
             Some(why) => Err(StorageError::Stopped(why.clone())),
-            None => change(&mut inner),
+            None => change(&mut inner.content),
         };
         inner.calls.push_back((done, result));
-        if std::mem::replace(&mut inner.calling, true) {
-            return;
-        }
-        while let Some((done, result)) = inner.calls.pop_front() {
-            drop(inner);
-            done(result);
-            inner = self.inner.lock();
-        }
-        inner.calling = false;
+        call_back(&self.inner, inner);
     }
 }
 
-impl Inner {
+/// Whoever finds nobody calling does the calling, outside the lock: a callback may come back with another
+/// change.
+fn call_back<'a>(log: &'a Mutex<Inner>, mut inner: MutexGuard<'a, Inner>) {
+    if std::mem::replace(&mut inner.calling, true) {
+        return;
+    }
+    while inner.held.is_none()
+        && let Some((done, result)) = inner.calls.pop_front()
+    {
+        drop(inner);
+        done(result);
+        inner = log.lock();
+    }
+    inner.calling = false;
+}
+
+impl Content {
     fn next(&self) -> Option<u64> {
         let last = self.entries.last_key_value().map(|(index, _)| *index);
         let purged = self.purged.as_ref().map(|(index, _)| *index);
@@ -90,13 +138,13 @@ impl Inner {
 
 impl Log for MemoryLog {
     fn state(&self) -> LogState {
-        let inner = self.inner.lock();
+        let content = &self.inner.lock().content;
         LogState {
-            first: inner.entries.first_key_value().map(|(index, _)| *index),
-            last: inner.entries.last_key_value().map(|(index, _)| *index),
-            purged: inner.purged.clone(),
-            vote: inner.vote.clone(),
-            committed: inner.committed.clone(),
+            first: content.entries.first_key_value().map(|(index, _)| *index),
+            last: content.entries.last_key_value().map(|(index, _)| *index),
+            purged: content.purged.clone(),
+            vote: content.vote.clone(),
+            committed: content.committed.clone(),
             disk_bytes: 0,
         }
     }
@@ -107,7 +155,7 @@ impl Log for MemoryLog {
             return Ok(found);
         }
         let mut bytes = 0usize;
-        for (index, entry) in self.inner.lock().entries.range(range) {
+        for (index, entry) in self.inner.lock().content.entries.range(range) {
             bytes = bytes.saturating_add(entry.len());
             if !found.is_empty() && bytes > max_bytes {
                 break;
@@ -121,26 +169,26 @@ impl Log for MemoryLog {
     }
 
     fn append(&self, entries: Vec<LogEntry>, done: Done) {
-        self.change(done, |inner| inner.append(entries));
+        self.change(done, |content| content.append(entries));
     }
 
     fn save_vote(&self, vote: Bytes, done: Done) {
-        self.change(done, |inner| {
-            inner.vote = Some(vote);
+        self.change(done, |content| {
+            content.vote = Some(vote);
             Ok(())
         });
     }
 
     fn save_committed(&self, mark: Option<Bytes>, done: Done) {
-        self.change(done, |inner| {
-            inner.committed = mark;
+        self.change(done, |content| {
+            content.committed = mark;
             Ok(())
         });
     }
 
     fn truncate_after(&self, index: Option<u64>, done: Done) {
-        self.change(done, |inner| {
-            inner
+        self.change(done, |content| {
+            content
                 .entries
                 .retain(|i, _| index.is_some_and(|after| *i <= after));
             Ok(())
@@ -148,10 +196,10 @@ impl Log for MemoryLog {
     }
 
     fn purge(&self, index: u64, mark: Bytes, done: Done) {
-        self.change(done, |inner| {
-            if inner.purged.as_ref().is_none_or(|(old, _)| index > *old) {
-                inner.entries.retain(|i, _| *i > index);
-                inner.purged = Some((index, mark));
+        self.change(done, |content| {
+            if content.purged.as_ref().is_none_or(|(old, _)| index > *old) {
+                content.entries.retain(|i, _| *i > index);
+                content.purged = Some((index, mark));
             }
             Ok(())
         });

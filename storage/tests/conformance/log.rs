@@ -272,3 +272,30 @@ fn random_change(random: &mut Random, wal: &Wal, memory: &MemoryLog) {
         result.unwrap();
     }
 }
+
+#[test]
+fn a_crash_in_memory_loses_what_was_held() {
+    let log = MemoryLog::new();
+    append(&log, 1, &[b"durable"]).unwrap();
+    log.hold();
+    let (tx, rx) = mpsc::channel();
+    let tx2 = tx.clone();
+    log.append(
+        vec![entry(2, b"held")],
+        Box::new(move |r| tx.send(r).unwrap()),
+    );
+    assert_eq!(all(&log).len(), 2);
+    assert!(rx.try_recv().is_err(), "no callback while the disk is held");
+    log.release();
+    rx.try_recv().unwrap().unwrap();
+    log.hold();
+    log.append(
+        vec![entry(3, b"lost")],
+        Box::new(move |r| tx2.send(r).unwrap()),
+    );
+    let after = log.crash();
+    assert!(rx.try_recv().unwrap().is_err());
+    assert_eq!(all(&after), [entry(1, b"durable"), entry(2, b"held")]);
+    assert!(append(&log, 4, &[b"x"]).is_err());
+    append(&after, 3, &[b"again"]).unwrap();
+}
