@@ -1,9 +1,9 @@
 //! The suite of every [`Log`], and what only files can show: reopening.
 
-use crate::support::{Random, all, append, entry, small, wait};
+use crate::support::{BOUND, Random, all, append, entry, small, wait};
 use bytes::Bytes;
 use mainstay_storage::StorageError;
-use mainstay_storage::log::{Log, LogState, MemoryLog, Wal};
+use mainstay_storage::log::{Log, LogState, MemoryLog, Wal, WalOptions};
 use std::sync::{Arc, Mutex, mpsc};
 
 /// Run a check on every implementation.
@@ -298,4 +298,35 @@ fn a_crash_in_memory_loses_what_was_held() {
     assert_eq!(all(&after), [entry(1, b"durable"), entry(2, b"held")]);
     assert!(append(&log, 4, &[b"x"]).is_err());
     append(&after, 3, &[b"again"]).unwrap();
+}
+
+/// The old entry reaches the file after it was replaced: its place must not be taken for the new one's.
+#[test]
+fn a_replaced_entry_is_never_read_from_its_old_place() {
+    let dir = crate::support::tempdir();
+    let options = WalOptions {
+        cache_bytes: 0,
+        batch_bytes: 1,
+        ..WalOptions::default()
+    };
+    let wal = Arc::new(Wal::open_with(dir.path(), options).unwrap());
+    let (release, held) = mpsc::channel::<()>();
+    wal.append(
+        vec![entry(0, b"first")],
+        Box::new(move |_| held.recv_timeout(BOUND).unwrap()),
+    );
+    let (tx, rx) = mpsc::channel();
+    let reader = Arc::clone(&wal);
+    // Runs when the old entry was written and the new one was not.
+    wal.append(
+        vec![entry(1, b"old")],
+        Box::new(move |_| tx.send(reader.read(1..2, 100)).unwrap()),
+    );
+    wal.truncate_after(Some(0), Box::new(drop));
+    wal.append(vec![entry(1, b"new")], Box::new(drop));
+    release.send(()).unwrap();
+    let read = rx.recv_timeout(BOUND).unwrap().unwrap();
+    assert_eq!(read, [entry(1, b"new")]);
+    append(&*wal, 2, &[b"last"]).unwrap();
+    assert_eq!(all(&*wal)[1], entry(1, b"new"));
 }

@@ -238,6 +238,31 @@ fn after_a_failure_every_change_fails() {
     }
 }
 
+/// A process dies between a write and its sync; the next one finds the record, tells its callers, and then
+/// the power goes: what it told must be there.
+#[test]
+fn what_a_start_finds_is_durable() {
+    for count in 0..12 {
+        let dir = crate::support::tempdir();
+        let (from, image) = (dir.path().join("log"), dir.path().join("image"));
+        std::fs::create_dir(&from).unwrap();
+        let disk = PowerDisk::over(&from);
+        let wal = Wal::open_with(&from, on(&disk)).unwrap();
+        disk.fail_after(count);
+        let mut next = 0;
+        while append(&wal, next, &[b"an entry"]).is_ok() {
+            next += 1;
+        }
+        drop(wal);
+        disk.fail_after(usize::MAX);
+        let told = all(&Wal::open_with(&from, on(&disk)).unwrap());
+        let opened = disk.events().len();
+        disk.cut_power(opened, Luck::None, &from, &image);
+        let found = all(&Wal::open_with(&image, small_options()).unwrap());
+        assert_eq!(found, told, "failed after {count}");
+    }
+}
+
 #[test]
 fn changes_that_wait_share_a_sync() {
     let dir = crate::support::tempdir();
