@@ -252,6 +252,15 @@ async fn leftovers_of_a_crash_are_swept_and_do_not_stand_in_the_way() {
     );
     driver.delete("z").await.unwrap();
     assert!(driver.list().await.unwrap().is_empty());
+    // A folder that cannot be read hides no other, and can be deleted.
+    std::fs::create_dir(state.vm("broken")).unwrap();
+    std::fs::write(state.vm("broken").join("spec.json"), "{").unwrap();
+    let broken = only(&driver).await;
+    assert_eq!(
+        (broken.id.as_str(), broken.facts.status.as_str()),
+        ("broken", "failed")
+    );
+    driver.delete("broken").await.unwrap();
     // ...and a list sweeps the rest.
     let left = std::fs::read_dir(state.vm("")).unwrap().count();
     assert_eq!(left, 0);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
 use tokio::sync::OnceCell;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 /// Which acceleration to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,8 +72,18 @@ async fn probe_kvm(tools: &Tools) -> Result<(), String> {
     if !Path::new("/dev/kvm").exists() {
         return Err("there is no /dev/kvm".into());
     }
-    probe(tools, "kvm").await
+    let mut result = Ok(());
+    // A busy host may delay a good one.
+    for _ in 0..PROBES {
+        result = probe(tools, "kvm").await;
+        if result.is_ok() {
+            break;
+        }
+    }
+    result
 }
+
+const PROBES: u32 = 3;
 
 /// Longest time for the count itself.
 const COUNT_MAX: Duration = Duration::from_millis(200);
@@ -143,23 +153,15 @@ async fn count(child: &mut Child) -> Result<(), String> {
     let (Some(mut out), Some(mut err)) = (child.stdout.take(), child.stderr.take()) else {
         return Err("QEMU has no output".into());
     };
-    let mut started = None;
-    while let Ok(byte) = out.read_u8().await {
-        match (byte, started) {
-            (b'S', _) => started = Some(Instant::now()),
-            (b'E', Some(at)) => {
-                let took = Instant::now() - at;
-                return if took <= COUNT_MAX {
-                    Ok(())
-                } else {
-                    Err(format!(
-                        "it took {} ms to count to a million",
-                        took.as_millis()
-                    ))
-                };
-            }
-            _ => {}
-        }
+    if out.read_u8().await.is_ok() {
+        return match timeout(COUNT_MAX, out.read_u8()).await {
+            Ok(Ok(b'E')) => Ok(()),
+            Ok(_) => Err("its guest dies".into()),
+            Err(_) => Err(format!(
+                "counting to a million takes over {} ms",
+                COUNT_MAX.as_millis()
+            )),
+        };
     }
     let mut text = String::new();
     let _ = err.read_to_string(&mut text).await;
@@ -178,8 +180,8 @@ mod tests {
     async fn the_program_counts_where_emulation_runs_it() {
         let tools = Tools::find(None).await.unwrap();
         match probe(&tools, "tcg").await {
-            // A loaded machine may be slow, but it counted.
-            Err(why) if !why.contains("to count") => panic!("{why}"),
+            // A loaded machine may be too slow, but it began.
+            Err(why) if !why.starts_with("counting") => panic!("{why}"),
             _ => {}
         }
         assert!(

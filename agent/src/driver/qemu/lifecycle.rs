@@ -89,20 +89,21 @@ impl QemuDriver {
     ) -> Result<Option<VmSeen>, DriverError> {
         let run = match (run, pid) {
             (Some(run), _) => run,
-            (None, Some(_)) => self.started(vm, spec).await?,
+            (None, Some(_)) => match self.started(vm, spec).await {
+                Ok(run) => run,
+                Err(e) => {
+                    // It runs; what else there is to know is asked again the next time.
+                    let run = Run::new(self.acceleration.label(), Vec::new());
+                    return Ok(Some(seen(spec, &run, "running", e.to_string())));
+                }
+            },
             (None, None) => return Ok(None),
         };
         let (status, message) = match pid {
             Some(_) => self.status_of_running(vm).await,
             None => self.status_of_ended(vm).await,
         };
-        let facts = facts(spec, &run, status);
-        Ok(Some(VmSeen {
-            id: spec.id.clone(),
-            generation: spec.generation,
-            facts,
-            message,
-        }))
+        Ok(Some(seen(spec, &run, status, message)))
     }
 
     async fn status_of_running(&self, vm: &Arc<Vm>) -> (&'static str, String) {
@@ -216,6 +217,31 @@ impl QemuDriver {
         *vm.qmp.lock().await = None;
         *vm.qga.lock().await = None;
         vm.dir.clean()
+    }
+}
+
+fn seen(spec: &Spec, run: &Run, status: &str, message: String) -> VmSeen {
+    let facts = facts(spec, run, status);
+    VmSeen {
+        id: spec.id.clone(),
+        generation: spec.generation,
+        facts,
+        message,
+    }
+}
+
+/// A VM whose folder cannot be read: shown, so that it can be deleted and hides no other.
+pub(super) fn unreadable(id: String, why: &DriverError) -> VmSeen {
+    tracing::error!(vm = %id, error = %why, "the vm's folder cannot be read");
+    let facts = VmFacts {
+        status: "failed".into(),
+        ..VmFacts::default()
+    };
+    VmSeen {
+        id,
+        generation: 0,
+        facts,
+        message: why.to_string(),
     }
 }
 

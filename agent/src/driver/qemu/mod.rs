@@ -1,5 +1,6 @@
 //! Real VMs: one QEMU process each, in a session of its own, so that it outlives the agent. All that
 //! is known of a VM lies in its folder; this driver can be dropped and opened again at any time.
+//! A service manager must leave QEMU alone when it stops the agent (systemd: `KillMode=process`).
 //! Linux only. Knows nothing of templates: it is handed a base disk and promises not to write to it.
 //!
 //! | folder | holds |
@@ -158,19 +159,21 @@ impl Driver for QemuDriver {
         for id in &found.leftovers {
             let vm = self.vm(id)?;
             // Locked: someone is at work on it, and it is no leftover.
-            if let Ok(_lock) = vm.lifecycle.try_lock() {
-                self.remove(&vm).await?;
+            if let Ok(_lock) = vm.lifecycle.try_lock()
+                && let Err(e) = self.remove(&vm).await
+            {
+                tracing::warn!(vm = %id, error = %e, "a leftover cannot be removed");
             }
         }
-        let seen = futures::stream::iter(found.ids)
-            .map(|id| async move { self.seen(&self.vm(&id)?).await })
+        let mut seen: Vec<VmSeen> = futures::stream::iter(found.ids)
+            .map(|id| async move {
+                let seen = async { self.seen(&self.vm(&id)?).await }.await;
+                seen.unwrap_or_else(|e| Some(lifecycle::unreadable(id, &e)))
+            })
             .buffer_unordered(LIST_PARALLEL)
-            .collect::<Vec<_>>()
+            .filter_map(std::future::ready)
+            .collect()
             .await;
-        let mut seen: Vec<VmSeen> = seen
-            .into_iter()
-            .filter_map(Result::transpose)
-            .collect::<Result<_, _>>()?;
         seen.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(seen)
     }
