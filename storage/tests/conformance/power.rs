@@ -255,8 +255,9 @@ fn what_a_start_finds_is_durable() {
         }
         drop(wal);
         disk.fail_after(usize::MAX);
-        let told = all(&Wal::open_with(&from, on(&disk)).unwrap());
-        let opened = disk.events().len();
+        // Still open at the cut: closing it would sync.
+        let wal = Wal::open_with(&from, on(&disk)).unwrap();
+        let (told, opened) = (all(&wal), disk.events().len());
         disk.cut_power(opened, Luck::None, &from, &image);
         let found = all(&Wal::open_with(&image, small_options()).unwrap());
         assert_eq!(found, told, "failed after {count}");
