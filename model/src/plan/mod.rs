@@ -69,11 +69,11 @@ pub fn explain(state: &State, id: &InstanceId) -> Option<String> {
 }
 
 /// The best node's index, its room already taken; or the reason why there is none.
-fn choose(
-    state: &State,
-    room: &mut Room<'_>,
-    queues: &mut Queues,
-    instance: &Instance,
+fn choose<'a>(
+    state: &'a State,
+    room: &mut Room<'a>,
+    queues: &mut Queues<'a>,
+    instance: &'a Instance,
     now_ms: u64,
 ) -> Result<usize, String> {
     let request = Request::of(state, instance);

@@ -6,60 +6,70 @@ use crate::ids::TemplateId;
 use crate::instance::Rejection;
 use crate::node::{Load, Node};
 use crate::state::State;
+use crate::state::index::Occupants;
 use std::cmp::Reverse;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 /// Nodes with what is taken of them, this plan's bindings included.
 pub(super) struct Room<'a> {
-    nodes: Vec<(&'a Node, Load)>,
-    /// Images that a node does not hold but will fetch for an instance placed on it.
-    coming: BTreeSet<(usize, TemplateId, u32)>,
+    nodes: Vec<Seat<'a>>,
+    /// Images that a node must fetch for what this plan places on it.
+    coming: BTreeSet<(usize, &'a TemplateId, u32)>,
+}
+
+struct Seat<'a> {
+    node: &'a Node,
+    load: Load,
+    occupants: Option<&'a Occupants>,
 }
 
 impl<'a> Room<'a> {
     pub(super) fn of(state: &'a State) -> Self {
-        let nodes: Vec<_> = state
-            .nodes
-            .values()
-            .map(|n| (n, state.load(&n.id)))
-            .collect();
-        let mut coming = BTreeSet::new();
-        for instance in state.starting() {
-            let at = |id| nodes.binary_search_by(|(n, _)| n.id.cmp(id)).ok();
-            if let Some(at) = instance.node.as_ref().and_then(at) {
-                let template = instance.request.template.clone();
-                coming.insert((at, template, instance.tag_number));
+        let seat = |node: &'a Node| {
+            let occupants = state.occupants(&node.id);
+            Seat {
+                node,
+                load: occupants.map(Occupants::load).unwrap_or_default(),
+                occupants,
             }
+        };
+        Self {
+            nodes: state.nodes.values().map(seat).collect(),
+            coming: BTreeSet::new(),
         }
-        Self { nodes, coming }
     }
 
     pub(super) fn node(&self, at: usize) -> &'a Node {
-        self.nodes[at].0
+        self.nodes[at].node
     }
 
-    pub(super) fn nodes(&self) -> &[(&'a Node, Load)] {
-        &self.nodes
+    pub(super) fn loads(&self) -> impl ExactSizeIterator<Item = (&'a Node, Load)> {
+        self.nodes.iter().map(|s| (s.node, s.load))
     }
 
     /// Nodes that a request may look at: all, or the one it is pinned to.
-    fn candidates(&self, request: &Request) -> std::ops::Range<usize> {
-        match &request.pin {
+    fn candidates(&self, request: &Request<'_>) -> std::ops::Range<usize> {
+        match request.pin {
             None => 0..self.nodes.len(),
-            Some(id) => match self.nodes.binary_search_by(|(n, _)| n.id.cmp(id)) {
+            Some(id) => match self.nodes.binary_search_by(|s| s.node.id.cmp(id)) {
                 Ok(at) => at..at + 1,
                 Err(_) => 0..0,
             },
         }
     }
 
-    fn score(&self, at: usize, request: &Request) -> Option<Score> {
-        let (node, load) = self.nodes[at];
-        let fallback = fit(node, load, request).ok()?;
-        let image = (request.template.clone(), request.tag_number);
-        let image = if node.images.contains(&image) {
+    fn score(&self, at: usize, request: &Request<'a>, image: &ImageKey) -> Option<Score> {
+        let seat = &self.nodes[at];
+        let fallback = fit(seat.node, seat.load, request).ok()?;
+        let (template, number) = (request.template, request.tag_number);
+        let coming = || {
+            let fetching = |o: &Occupants| o.fetching(template, number);
+            seat.occupants.is_some_and(fetching) || self.coming.contains(&(at, template, number))
+        };
+        let image = if seat.node.images.contains(image) {
             Image::Cached
-        } else if self.coming.contains(&(at, image.0, image.1)) {
+        } else if coming() {
             Image::Coming
         } else {
             Image::Absent
@@ -68,53 +78,67 @@ impl<'a> Room<'a> {
             fallback,
             rejected: false,
             image,
-            used_permille: node.used_permille(load),
+            used_permille: seat.node.used_permille(seat.load),
             node: at,
         })
     }
 
-    fn take(&mut self, at: usize, request: &Request) {
-        let load = &mut self.nodes[at].1;
+    fn take(&mut self, at: usize, request: &Request<'a>) {
+        let load = &mut self.nodes[at].load;
         *load = load.plus(request.demand);
         self.coming
-            .insert((at, request.template.clone(), request.tag_number));
+            .insert((at, request.template, request.tag_number));
     }
+}
+
+/// As nodes name their images.
+type ImageKey = (TemplateId, u32);
+
+fn image_key(request: &Request<'_>) -> ImageKey {
+    (request.template.clone(), request.tag_number)
 }
 
 /// One queue per different request.
 #[derive(Default)]
-pub(super) struct Queues {
-    queues: BTreeMap<Request, Queue>,
+pub(super) struct Queues<'a> {
+    queues: BTreeMap<Request<'a>, Queue>,
 }
 
 enum Queue {
     /// Scores may be out of date; they are checked when they come to the top.
-    Open(BinaryHeap<Reverse<Score>>),
+    Open(ImageKey, BinaryHeap<Reverse<Score>>),
     /// Room is only ever given away within a plan, so what failed once fails again.
     Exhausted(String),
 }
 
-impl Queues {
-    pub(super) fn take(&mut self, room: &mut Room<'_>, request: Request) -> Result<usize, String> {
-        if !self.queues.contains_key(&request) {
-            let scores = room
-                .candidates(&request)
-                .filter_map(|at| room.score(at, &request));
-            let heap = scores.map(Reverse).collect();
-            self.queues.insert(request.clone(), Queue::Open(heap));
-        }
-        let queue = self
-            .queues
-            .get_mut(&request)
-            .ok_or("no queue for a request that was just given one")?;
-        let heap = match queue {
-            Queue::Open(heap) => heap,
+impl Queue {
+    fn new<'a>(room: &Room<'a>, request: &Request<'a>) -> Self {
+        let image = image_key(request);
+        let candidates = room.candidates(request);
+        let scores = candidates.filter_map(|at| room.score(at, request, &image));
+        let heap = scores.map(Reverse).collect();
+        Self::Open(image, heap)
+    }
+}
+
+impl<'a> Queues<'a> {
+    pub(super) fn take(
+        &mut self,
+        room: &mut Room<'a>,
+        request: Request<'a>,
+    ) -> Result<usize, String> {
+        let queue = match self.queues.entry(request.clone()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Queue::new(room, &request)),
+        };
+        let (image, heap) = match queue {
+            Queue::Open(image, heap) => (image, heap),
             Queue::Exhausted(why) => return Err(why.clone()),
         };
-        match best(heap, room, &request) {
+        match best(heap, room, &request, image) {
             Some(at) => {
                 room.take(at, &request);
-                heap.extend(room.score(at, &request).map(Reverse));
+                heap.extend(room.score(at, &request, image).map(Reverse));
                 Ok(at)
             }
             None => {
@@ -127,13 +151,14 @@ impl Queues {
 }
 
 /// Pop until the top's score is still true.
-fn best(
+fn best<'a>(
     heap: &mut BinaryHeap<Reverse<Score>>,
-    room: &Room<'_>,
-    request: &Request,
+    room: &Room<'a>,
+    request: &Request<'a>,
+    image: &ImageKey,
 ) -> Option<usize> {
     while let Some(Reverse(old)) = heap.pop() {
-        match room.score(old.node, request) {
+        match room.score(old.node, request, image) {
             // Better than remembered is fine too: nothing behind it can beat it.
             Some(score) if score <= old => return Some(score.node),
             Some(score) => heap.push(Reverse(score)),
@@ -144,15 +169,16 @@ fn best(
 }
 
 /// For an instance with a history of its own: look at each node once.
-pub(super) fn take_once(
-    room: &mut Room<'_>,
-    request: &Request,
+pub(super) fn take_once<'a>(
+    room: &mut Room<'a>,
+    request: &Request<'a>,
     rejections: &[Rejection],
     now_ms: u64,
 ) -> Result<usize, String> {
+    let image = image_key(request);
     let scored = |at: usize| {
         let rejected = rejected(room.node(at), rejections, now_ms).ok()?;
-        let score = room.score(at, request)?;
+        let score = room.score(at, request, &image)?;
         Some(Score { rejected, ..score })
     };
     match room.candidates(request).filter_map(scored).min() {

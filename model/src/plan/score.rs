@@ -9,37 +9,37 @@ use crate::state::State;
 
 /// What matters of an instance for placing it. Equal requests have equal candidates.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Request {
-    pub(super) template: TemplateId,
+pub(super) struct Request<'a> {
+    pub(super) template: &'a TemplateId,
     pub(super) tag_number: u32,
-    pub(super) arch: String,
-    pub(super) pin: Option<NodeId>,
+    pub(super) arch: &'a str,
+    pub(super) pin: Option<&'a NodeId>,
     /// The group asked for, then its fallbacks in order; empty for no group.
-    pub(super) groups: Vec<GroupId>,
+    pub(super) groups: Vec<&'a GroupId>,
     pub(super) demand: Load,
 }
 
-impl Request {
-    pub(super) fn of(state: &State, instance: &Instance) -> Self {
+impl<'a> Request<'a> {
+    pub(super) fn of(state: &'a State, instance: &'a Instance) -> Self {
         Self {
-            template: instance.request.template.clone(),
+            template: &instance.request.template,
             tag_number: instance.tag_number,
-            arch: instance.arch.clone(),
-            pin: instance.request.node.clone(),
+            arch: &instance.arch,
+            pin: instance.request.node.as_ref(),
             groups: group_chain(state, instance.request.group.as_ref()),
             demand: instance.demand(),
         }
     }
 }
 
-fn group_chain(state: &State, first: Option<&GroupId>) -> Vec<GroupId> {
+fn group_chain<'a>(state: &'a State, first: Option<&'a GroupId>) -> Vec<&'a GroupId> {
     let mut chain = Vec::new();
     let mut next = first;
     while let Some(id) = next {
-        if chain.contains(id) || chain.len() >= FALLBACK_DEPTH {
+        if chain.contains(&id) || chain.len() >= FALLBACK_DEPTH {
             break;
         }
-        chain.push(id.clone());
+        chain.push(id);
         next = state.groups.get(id).and_then(|g| g.fallback.as_ref());
     }
     chain
@@ -111,11 +111,11 @@ pub(super) enum Image {
 }
 
 /// Whether `node` under `load` can take `request`, whatever its image cache holds.
-pub(super) fn fit(node: &Node, load: Load, request: &Request) -> Result<usize, Unfit> {
+pub(super) fn fit(node: &Node, load: Load, request: &Request<'_>) -> Result<usize, Unfit> {
     let fallback = match request.groups.as_slice() {
         [] => 0,
         chain => {
-            let tier = chain.iter().position(|g| node.groups.contains(g));
+            let tier = chain.iter().position(|g| node.groups.contains(*g));
             tier.ok_or(Unfit::OtherGroup)?
         }
     };

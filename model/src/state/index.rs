@@ -1,5 +1,5 @@
 //! What can be derived from the state but must be found fast: names of templates, who is on a
-//! node and what they take, who waits, who is being started. Never stored; rebuilt on import. Decides nothing.
+//! node, what they take and which images they wait for, who waits for a node. Never stored; rebuilt on import. Decides nothing.
 
 use super::State;
 use crate::ids::{InstanceId, NodeId, TemplateId};
@@ -15,13 +15,49 @@ pub(super) struct Index {
     template_names: BTreeMap<String, TemplateId>,
     nodes: BTreeMap<NodeId, Occupants>,
     waiting: BTreeSet<WaitKey>,
-    starting: BTreeSet<InstanceId>,
 }
 
+/// Who is on a node.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Occupants {
+pub(crate) struct Occupants {
     ids: BTreeSet<InstanceId>,
     load: Load,
+    /// Images of the instances that were not seen running there yet, and how many want each.
+    coming: BTreeMap<TemplateId, BTreeMap<u32, u32>>,
+}
+
+impl Occupants {
+    /// What they take of the node.
+    pub(crate) fn load(&self) -> Load {
+        self.load
+    }
+
+    /// Whether an instance being started there wants this image.
+    pub(crate) fn fetching(&self, template: &TemplateId, number: u32) -> bool {
+        let numbers = self.coming.get(template);
+        numbers.is_some_and(|n| n.contains_key(&number))
+    }
+
+    fn add_coming(&mut self, instance: &Instance) {
+        let numbers = self.coming.entry(instance.request.template.clone());
+        *numbers.or_default().entry(instance.tag_number).or_default() += 1;
+    }
+
+    fn remove_coming(&mut self, instance: &Instance) {
+        let template = &instance.request.template;
+        let Some(numbers) = self.coming.get_mut(template) else {
+            return;
+        };
+        if let Some(count) = numbers.get_mut(&instance.tag_number) {
+            *count -= 1;
+            if *count == 0 {
+                numbers.remove(&instance.tag_number);
+            }
+        }
+        if numbers.is_empty() {
+            self.coming.remove(template);
+        }
+    }
 }
 
 /// What the index knows about one instance; taken before and after a change.
@@ -47,16 +83,12 @@ impl Index {
         self.waiting.iter()
     }
 
-    pub(super) fn starting(&self) -> impl Iterator<Item = &InstanceId> {
-        self.starting.iter()
-    }
-
     pub(super) fn on_node(&self, node: &NodeId) -> impl Iterator<Item = &InstanceId> {
         self.nodes.get(node).into_iter().flat_map(|o| o.ids.iter())
     }
 
-    pub(super) fn load(&self, node: &NodeId) -> Load {
-        self.nodes.get(node).map(|o| o.load).unwrap_or_default()
+    pub(super) fn occupants(&self, node: &NodeId) -> Option<&Occupants> {
+        self.nodes.get(node)
     }
 
     pub(super) fn template_named(&self, name: &str) -> Option<&TemplateId> {
@@ -75,13 +107,13 @@ impl Index {
         if instance.waits() {
             self.waiting.insert(wait_key(instance));
         }
-        if instance.starts() {
-            self.starting.insert(instance.id.clone());
-        }
         if let Some(node) = instance.occupies() {
             let occupants = self.nodes.entry(node.clone()).or_default();
             if occupants.ids.insert(instance.id.clone()) {
                 occupants.load = occupants.load.plus(instance.demand());
+                if instance.starts() {
+                    occupants.add_coming(instance);
+                }
             }
         }
     }
@@ -91,15 +123,15 @@ impl Index {
         if place.waits {
             self.waiting.remove(&wait_key(instance));
         }
-        if place.starts {
-            self.starting.remove(&instance.id);
-        }
         let Some(node) = &place.on else { return };
         let Some(occupants) = self.nodes.get_mut(node) else {
             return;
         };
         if occupants.ids.remove(&instance.id) {
             occupants.load = occupants.load.minus(instance.demand());
+            if place.starts {
+                occupants.remove_coming(instance);
+            }
         }
         if occupants.ids.is_empty() {
             self.nodes.remove(node);
@@ -125,8 +157,8 @@ impl Index {
         if self.nodes != fresh.nodes {
             return Err("index of instances by node differs from the instances".into());
         }
-        if self.waiting != fresh.waiting || self.starting != fresh.starting {
-            return Err("index of waiting or starting instances differs from the instances".into());
+        if self.waiting != fresh.waiting {
+            return Err("index of waiting instances differs from the instances".into());
         }
         Ok(())
     }

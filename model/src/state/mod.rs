@@ -2,7 +2,7 @@
 //! to be read. What is derived from them lives in `index`, what is stored in `store`.
 
 mod edit;
-mod index;
+pub(crate) mod index;
 mod key;
 mod recent;
 mod record;
@@ -16,7 +16,7 @@ use crate::instance::Instance;
 use crate::node::{Load, Node};
 use crate::outcome::Outcome;
 use crate::template::Template;
-use index::Index;
+use index::{Index, Occupants};
 use key::Key;
 use recent::Recent;
 use std::collections::{BTreeMap, BTreeSet};
@@ -88,13 +88,6 @@ impl State {
             .filter_map(|(_, _, id)| self.instances.get(id))
     }
 
-    /// Instances that have a node and were not seen running there yet, by id.
-    pub fn starting(&self) -> impl Iterator<Item = &Instance> {
-        self.index
-            .starting()
-            .filter_map(|id| self.instances.get(id))
-    }
-
     /// Instances that take room on a node, by id: what its agent is told about.
     pub fn on_node(&self, node: &NodeId) -> impl Iterator<Item = &Instance> {
         self.index
@@ -104,7 +97,12 @@ impl State {
 
     /// What the instances on a node take of it.
     pub fn load(&self, node: &NodeId) -> Load {
-        self.index.load(node)
+        let occupants = self.occupants(node);
+        occupants.map(Occupants::load).unwrap_or_default()
+    }
+
+    pub(crate) fn occupants(&self, node: &NodeId) -> Option<&Occupants> {
+        self.index.occupants(node)
     }
 
     /// A template by name.
