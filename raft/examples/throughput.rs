@@ -23,9 +23,11 @@ use tokio::net::{TcpListener, TcpStream};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// The last value of each of ten thousand keys.
+type Values = BTreeMap<Vec<u8>, Vec<u8>>;
+
+/// The last value of each of ten thousand keys; and those changed.
 #[derive(Default)]
-struct Last(Mutex<(BTreeMap<Vec<u8>, Vec<u8>>, BTreeMap<Vec<u8>, Vec<u8>>)>);
+struct Last(Mutex<(Values, Values)>);
 
 impl Machine for Last {
     fn apply(&self, commands: Vec<Bytes>) -> Result<Vec<Bytes>, Fault> {
@@ -104,13 +106,8 @@ fn conduct(seconds: u64, base: &Path) {
     for (child, _) in &mut children {
         tell(child, &addresses.join(" "));
     }
-    let leader: usize = children
-        .iter_mut()
-        .map(|(_, out)| line(out))
-        .next_back()
-        .unwrap()
-        .parse()
-        .unwrap();
+    let leaders: Vec<String> = children.iter_mut().map(|(_, out)| line(out)).collect();
+    let leader: usize = leaders[0].parse().unwrap();
     for what in [
         "write-leader",
         "write-follower",
