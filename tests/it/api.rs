@@ -539,6 +539,9 @@ async fn nodes_and_groups() {
         .await
         .body();
     assert_eq!(cluster.get(0, &path).await.body()["description"], "phones");
+    let clear = json!({"description": ""});
+    cluster.call(0, "PUT", &path, clear).await.body();
+    assert_eq!(cluster.get(0, &path).await.body(), expected);
     cluster
         .call(0, "DELETE", "/api/v1/node/group", join)
         .await

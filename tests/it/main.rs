@@ -1,4 +1,5 @@
 //! Tests of the house as a whole: fences, the API contract. Real processes are in `tests/process`.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on shall panic")]
 
 mod api;
 mod api_members;

@@ -39,10 +39,12 @@ pub(super) async fn create(State(api): State<ApiState>, call: Call) -> Result<Re
     Ok(response)
 }
 
-/// What is not given stays as it is; an explicitly empty fallback ends it.
+/// What is not given stays as it is; an explicitly empty description or fallback ends it.
 pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = GroupId(call.required("id")?);
-    let (name, description) = (call.text("name")?, call.text("description")?);
+    let name = call.text("name")?;
+    let described = call.text("description")?.unwrap_or_default();
+    let description = call.get("description").map(|_| described);
     let fallback = match (
         call.get("fallback_group_id"),
         call.text("fallback_group_id")?,

@@ -104,7 +104,11 @@ async fn replicas_says_who_has_what() {
     let states: Vec<&str> = rows.iter().map(|r| r.state.as_str()).collect();
     assert_eq!(states, ["complete", "complete", "unknown"], "{rows:?}");
     assert!(!rows[2].message.is_empty() && rows[2].name == "c3");
-    let unknown = client().get(url.replace("tag=v1", "tag=v9")).send().await.unwrap();
+    let unknown = client()
+        .get(url.replace("tag=v1", "tag=v9"))
+        .send()
+        .await
+        .unwrap();
     assert!(unknown.text().await.unwrap().contains("Not found"));
 }
 
