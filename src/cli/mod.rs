@@ -18,6 +18,7 @@ pub mod member;
 pub mod server;
 pub mod status;
 pub mod table;
+pub mod template;
 
 use crate::config::ServerArgs;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -60,6 +61,8 @@ enum Verb {
     Member(member::MemberArgs),
     /// Start, list, show and terminate instances
     Instance(Box<instance::InstanceArgs>),
+    /// Push, pull and manage templates
+    Template(template::TemplateArgs),
     /// Measure a cluster under load
     Bench(bench::BenchArgs),
     /// Print a completion script for a shell
@@ -100,6 +103,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Status => status::run(&endpoints, output).await,
         Verb::Member(args) => member::run(args, &endpoints, output).await,
         Verb::Instance(args) => Box::pin(instance::run(*args, &endpoints, output)).await,
+        Verb::Template(args) => Box::pin(template::run(args, &endpoints, output)).await,
         Verb::Bench(args) => Box::pin(bench::run(args, &endpoints, output == Output::Json)).await,
         Verb::Completion { shell } => {
             let mut script = Vec::new();

@@ -1,0 +1,233 @@
+//! `mainstay template`: push, pull, list, show, delete, revert, replicas. Talks to the API port for
+//! what the dialect knows, and to the registry ports (learnt from the member list) for bytes.
+
+mod bytes;
+
+use super::client::{ApiClient, query};
+use super::table::{self, Output, Table};
+use anyhow::{Context as _, bail};
+use bytes::{PullArgs, PushArgs};
+use clap::{Args, Subcommand};
+use mainstay_agent::transfer::api::{REPLICAS, Replica};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// Push, pull and manage templates.
+#[derive(Args, Debug)]
+pub struct TemplateArgs {
+    #[command(subcommand)]
+    command: TemplateCommand,
+}
+
+#[derive(Subcommand, Debug)]
+enum TemplateCommand {
+    /// Push a disk as a new tag; interrupted, the same command goes on where it was
+    Push(Box<PushArgs>),
+    /// Pull a tag's disk into a file; interrupted, the same command goes on where it was
+    Pull(PullArgs),
+    /// List all templates
+    List,
+    /// Show one template with its tags
+    Show {
+        /// Template, by name or id
+        template: String,
+    },
+    /// Delete a template with all its tags
+    Delete {
+        /// Template, by name or id
+        template: String,
+    },
+    /// Delete a tag and every later one; the latest tag if none is named
+    Revert {
+        /// Template, by name or id
+        template: String,
+        /// Tag name
+        #[arg(long, conflicts_with = "number")]
+        tag: Option<String>,
+        /// Tag number
+        #[arg(long)]
+        number: Option<u32>,
+    },
+    /// Show which members hold a tag, and how far the others are
+    Replicas {
+        /// Template, by name or id
+        template: String,
+        /// Tag name; the latest when absent
+        #[arg(long)]
+        tag: Option<String>,
+    },
+}
+
+/// Carry out a `template` command.
+pub async fn run(args: TemplateArgs, endpoints: &[String], output: Output) -> anyhow::Result<()> {
+    let client = ApiClient::new(endpoints)?;
+    match args.command {
+        TemplateCommand::Push(args) => bytes::push(&client, &args, output).await,
+        TemplateCommand::Pull(args) => bytes::pull(&client, &args, output).await,
+        TemplateCommand::List => list(&client, output).await,
+        TemplateCommand::Show { template } => {
+            let id = find(&client, &template).await?;
+            let shown: Value = client.get(&by_id(&id)).await?;
+            Ok(table::emit(output, &shown, tags)?)
+        }
+        TemplateCommand::Delete { template } => {
+            let id = find(&client, &template).await?;
+            let _: Value = client.delete(&by_id(&id), &json!({})).await?;
+            done(output, &json!({"id": id}), &format!("template {template} deleted"))
+        }
+        TemplateCommand::Revert { template, tag, number } => {
+            let id = find(&client, &template).await?;
+            let selector = json!({"tag": tag, "number": number});
+            let path = format!("/api/v1/registry/revert{}", query(&[("id", &id)]));
+            let _: Value = client.delete(&path, &selector).await?;
+            done(output, &json!({"id": id}), &format!("template {template} reverted"))
+        }
+        TemplateCommand::Replicas { template, tag } => {
+            replicas(&client, &template, tag.as_deref(), output).await
+        }
+    }
+}
+
+fn by_id(id: &str) -> String {
+    format!("/api/v1/registry/vm{}", query(&[("id", id)]))
+}
+
+fn done(output: Output, data: &Value, text: &str) -> anyhow::Result<()> {
+    match output {
+        Output::Json => Ok(table::emit(output, data, |_| Table::default())?),
+        Output::Table => Ok(table::line(text)?),
+    }
+}
+
+/// The id of a template given by name or id.
+async fn find(client: &ApiClient, template: &str) -> anyhow::Result<String> {
+    let all: Vec<Value> = client.get("/api/v1/registry/vm?apiVer=v1").await?;
+    let named = all.iter().find(|t| t["name"] == template || t["id"] == template);
+    match named.and_then(|t| t["id"].as_str()) {
+        Some(id) => Ok(id.to_owned()),
+        None => bail!("there is no template {template}: see `mainstay template list`"),
+    }
+}
+
+async fn list(client: &ApiClient, output: Output) -> anyhow::Result<()> {
+    let all: Vec<Value> = client.get("/api/v1/registry/vm").await?;
+    Ok(table::emit(output, &all, |all| {
+        let mut table = Table::new(&["NAME", "ID", "SIZE", "ARCH", "LAST PUSH"]);
+        for template in all {
+            table.row([
+                text(&template["name"]),
+                text(&template["id"]),
+                table::bytes(template["size"].as_u64().unwrap_or(0)),
+                text(&template["arch"]),
+                ago(&template["last_push"]),
+            ]);
+        }
+        table
+    })?)
+}
+
+fn tags(template: &Value) -> Table {
+    let mut table = Table::new(&["NUMBER", "TAG", "SIZE", "ARCH", "PUSHED", "DESCRIPTION"]);
+    for tag in template["versions"].as_array().into_iter().flatten() {
+        table.row([
+            tag["number"].to_string(),
+            text(&tag["tag"]),
+            table::bytes(tag["size"].as_u64().unwrap_or(0)),
+            text(&tag["arch"]),
+            ago(&tag["creation_date"]),
+            text(&tag["description"]),
+        ]);
+    }
+    table
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+fn ago(seconds: &Value) -> String {
+    let then = seconds.as_u64().unwrap_or(0).saturating_mul(1000);
+    if then == 0 {
+        return String::new();
+    }
+    format!("{} ago", table::age(crate::stamp::now_ms().saturating_sub(then)))
+}
+
+async fn replicas(
+    client: &ApiClient,
+    template: &str,
+    tag: Option<&str>,
+    output: Output,
+) -> anyhow::Result<()> {
+    let registry = ApiClient::new(&registries(client).await?)?;
+    let mut pairs = vec![("template", template)];
+    pairs.extend(tag.map(|tag| ("tag", tag)));
+    let path = format!("{REPLICAS}{}", query(&pairs));
+    let rows: Vec<Replica> =
+        registry.get(&path).await.with_context(|| format!("template {template}"))?;
+    Ok(table::emit(output, &rows, |rows| {
+        let mut table = Table::new(&["MEMBER", "ID", "STATE", "BYTES", "MESSAGE"]);
+        for row in rows {
+            let copied = match row.total_bytes {
+                0 => String::new(),
+                total => {
+                    format!("{} of {}", table::bytes(row.done_bytes), table::bytes(total))
+                }
+            };
+            table.row([&row.name, &row.member, &row.state, &copied, &row.message].map(Clone::clone));
+        }
+        table
+    })?)
+}
+
+#[derive(Deserialize)]
+struct MemberRow {
+    #[serde(default)]
+    registry_url: String,
+}
+
+/// Registry addresses of all members.
+async fn registries(client: &ApiClient) -> anyhow::Result<Vec<String>> {
+    let members: Vec<MemberRow> = client.get("/api/v1/members").await?;
+    let urls: Vec<String> =
+        members.into_iter().map(|m| m.registry_url).filter(|url| !url.is_empty()).collect();
+    if urls.is_empty() {
+        bail!("the member list names no registry");
+    }
+    Ok(urls)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: TemplateArgs,
+    }
+
+    #[test]
+    fn the_documented_lines_parse() {
+        for line in [
+            "x push debian-ci --tag v1 --disk disk.qcow2",
+            "x push d --tag v1 --disk f --forward ssh:22 --forward web:80:8080 --durability all --arch arm64",
+            "x pull debian-ci --tag v1 --disk copy.qcow2",
+            "x revert d --tag v1",
+            "x revert d --number 3",
+            "x replicas d",
+        ] {
+            Cli::try_parse_from(line.split(' ')).map(|c| c.args).unwrap();
+        }
+        for line in [
+            "x push d --disk f",
+            "x push d --tag v1 --disk f --forward ssh",
+            "x push d --tag v1 --disk f --forward ssh:70000",
+            "x push d --tag v1 --disk f --arch sparc",
+            "x revert d --tag v1 --number 3",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
+}
