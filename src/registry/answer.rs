@@ -61,30 +61,52 @@ pub(super) fn done() -> Response {
     )
 }
 
+/// Not done: the status and text of the answer.
+#[derive(Debug)]
+pub(super) struct Refused {
+    status: StatusCode,
+    message: String,
+}
+
+/// What a handler gives.
+pub(super) type Answer = Result<Response, Refused>;
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let Self { status, message } = self;
+        json(
+            status,
+            &Envelope::<()> {
+                status: "FAIL",
+                body: None,
+                message,
+            },
+        )
+    }
+}
+
 /// Not done. Logical failures are status 200 in this dialect.
-pub(super) fn fail(status: StatusCode, message: impl Into<String>) -> Response {
-    json(
+pub(super) fn fail(status: StatusCode, message: impl Into<String>) -> Refused {
+    Refused {
         status,
-        &Envelope::<()> {
-            status: "FAIL",
-            body: None,
-            message: message.into(),
-        },
-    )
+        message: message.into(),
+    }
 }
 
 /// A request that cannot be understood.
-pub(super) fn bad(message: impl Into<String>) -> Response {
+pub(super) fn bad(message: impl Into<String>) -> Refused {
     fail(StatusCode::BAD_REQUEST, message)
 }
 
 /// What the state machine or consensus answered instead of a result.
-pub(super) fn app_error(error: &AppError) -> Response {
-    match error {
-        AppError::Refused(refusal) => fail(StatusCode::OK, refusal_text(refusal)),
-        AppError::Group(GroupError::Refused(why)) => fail(StatusCode::OK, why.clone()),
-        AppError::Group(_) => fail(StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
-        AppError::Codec(_) => fail(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+impl From<AppError> for Refused {
+    fn from(error: AppError) -> Self {
+        match &error {
+            AppError::Refused(refusal) => fail(StatusCode::OK, refusal_text(refusal)),
+            AppError::Group(GroupError::Refused(why)) => fail(StatusCode::OK, why.clone()),
+            AppError::Group(_) => fail(StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
+            AppError::Codec(_) => fail(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        }
     }
 }
 
@@ -132,7 +154,7 @@ pub(super) fn collapse_slashes(mut request: Request) -> Request {
 }
 
 /// A request's whole body, at most 1 MiB.
-pub(super) async fn read_body(body: Body) -> Result<Vec<u8>, Response> {
+pub(super) async fn read_body(body: Body) -> Result<Vec<u8>, Refused> {
     match Limited::new(body, BODY_MAX).collect().await {
         Ok(collected) => Ok(collected.to_bytes().to_vec()),
         Err(e) => Err(bad(format!(
@@ -153,7 +175,7 @@ impl Params {
     }
 
     /// Content type and charset do not matter: what is there is JSON, decoded lossily.
-    pub(super) async fn read(request: Request) -> Result<Self, Response> {
+    pub(super) async fn read(request: Request) -> Result<Self, Refused> {
         let mut params = Self::from_query(request.uri());
         let bytes = read_body(request.into_body()).await?;
         let text = String::from_utf8_lossy(&bytes);
@@ -186,7 +208,7 @@ impl Params {
     }
 
     /// A number, also if it was sent as text.
-    pub(super) fn number<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, Response> {
+    pub(super) fn number<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, Refused> {
         let parse = |text: &str| {
             text.trim()
                 .parse()

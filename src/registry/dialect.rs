@@ -2,7 +2,7 @@
 //! contract's; the state decides, this only shows.
 
 use super::RegistryService;
-use super::answer::{Params, app_error, bad, done, fail, ok};
+use super::answer::{Answer, Params, bad, done, fail, ok};
 use crate::app::{AppError, Consistency};
 use crate::http::templates::{TemplateList, TemplateView};
 use crate::stamp;
@@ -40,7 +40,7 @@ pub(super) async fn status(State(service): Service) -> Response {
 }
 
 /// `GET /registry/vm`: the first version's list of one-entry maps, or one template by id.
-pub(super) async fn list_v1(State(service): Service, request: Request) -> Response {
+pub(super) async fn list_v1(State(service): Service, request: Request) -> Answer {
     let list = |state: &model::State| {
         let shown = state.templates.values().filter(|t| t.latest().is_some());
         shown.map(|t| json!({t.id.as_str(): t.name})).collect()
@@ -49,7 +49,7 @@ pub(super) async fn list_v1(State(service): Service, request: Request) -> Respon
 }
 
 /// `GET /registry/v2/vm`: objects.
-pub(super) async fn list_v2(State(service): Service, request: Request) -> Response {
+pub(super) async fn list_v2(State(service): Service, request: Request) -> Answer {
     let list = |state: &model::State| {
         to_json(&TemplateList {
             state,
@@ -64,21 +64,22 @@ impl RegistryService {
         &self,
         params: &Params,
         list: impl Fn(&model::State) -> Value + Send + Sync,
-    ) -> Response {
+    ) -> Answer {
         let Some(id) = params.get("id") else {
-            let all = self.catalog.take(Consistency::Linearizable, list).await;
-            return all.map_or_else(|e| app_error(&e), ok);
+            return Ok(ok(self
+                .catalog
+                .take(Consistency::Linearizable, list)
+                .await?));
         };
         let id = TemplateId::from(id);
         let find = |state: &model::State| {
             let view = state.templates.get(&id).and_then(TemplateView::new);
             view.as_ref().map(to_json)
         };
-        match self.catalog.take(Consistency::Linearizable, find).await {
-            Ok(Some(template)) => ok(template),
-            Ok(None) => fail(StatusCode::OK, "Not found"),
-            Err(e) => app_error(&e),
-        }
+        let found = self.catalog.take(Consistency::Linearizable, find).await?;
+        found
+            .map(ok)
+            .ok_or_else(|| fail(StatusCode::OK, "Not found"))
     }
 }
 
@@ -89,14 +90,9 @@ fn to_json<T: Serialize>(view: &T) -> Value {
 }
 
 /// `DELETE /registry/vm?id=`: the template with all its tags.
-pub(super) async fn delete(State(service): Service, request: Request) -> Response {
-    let params = match Params::read(request).await {
-        Ok(params) => params,
-        Err(refused) => return refused,
-    };
-    let Some(id) = params.get("id") else {
-        return bad("id is missing");
-    };
+pub(super) async fn delete(State(service): Service, request: Request) -> Answer {
+    let params = Params::read(request).await?;
+    let id = params.get("id").ok_or_else(|| bad("id is missing"))?;
     service
         .submit(Command::DeleteTemplate {
             id: TemplateId::from(id),
@@ -105,18 +101,10 @@ pub(super) async fn delete(State(service): Service, request: Request) -> Respons
 }
 
 /// `DELETE /registry/revert?id=`: a tag and every later one; the latest if none is named.
-pub(super) async fn revert(State(service): Service, request: Request) -> Response {
-    let params = match Params::read(request).await {
-        Ok(params) => params,
-        Err(refused) => return refused,
-    };
-    let Some(id) = params.get("id") else {
-        return bad("id is missing");
-    };
-    let number = match (params.number("version"), params.number("number")) {
-        (Ok(version), Ok(number)) => version.or(number),
-        (Err(refused), _) | (_, Err(refused)) => return refused,
-    };
+pub(super) async fn revert(State(service): Service, request: Request) -> Answer {
+    let params = Params::read(request).await?;
+    let id = params.get("id").ok_or_else(|| bad("id is missing"))?;
+    let number = params.number("version")?.or(params.number("number")?);
     let name = params
         .get("tag")
         .map(|tag| TagSelector::Name(tag.to_owned()));
@@ -130,22 +118,24 @@ pub(super) async fn revert(State(service): Service, request: Request) -> Respons
 }
 
 impl RegistryService {
-    async fn submit(&self, command: Command) -> Response {
+    async fn submit(&self, command: Command) -> Answer {
         match self.catalog.submit(stamp::command_id(), command).await {
-            Ok(_) => done(),
+            Ok(_) => Ok(done()),
             // The vendor's registry answers this one with 400.
-            Err(AppError::Refused(Refusal::TagUnknown(tag))) => bad(format!("No such tag {tag}")),
-            Err(e) => app_error(&e),
+            Err(AppError::Refused(Refusal::TagUnknown(tag))) => {
+                Err(bad(format!("No such tag {tag}")))
+            }
+            Err(e) => Err(e.into()),
         }
     }
 }
 
 /// `GET /registry/disk`: bytes of the file system with the chunks.
-pub(super) async fn disk(State(service): Service) -> Response {
+pub(super) async fn disk(State(service): Service) -> Answer {
     let chunks = service.chunks.clone();
     match tokio::task::spawn_blocking(move || chunks.disk()).await {
-        Ok(Ok((free, total))) => ok(json!({"free": free, "total": total})),
-        Ok(Err(e)) => fail(StatusCode::OK, super::answer::chain(&e)),
-        Err(e) => fail(StatusCode::SERVICE_UNAVAILABLE, e.to_string()),
+        Ok(Ok((free, total))) => Ok(ok(json!({"free": free, "total": total}))),
+        Ok(Err(e)) => Err(fail(StatusCode::OK, super::answer::chain(&e))),
+        Err(e) => Err(fail(StatusCode::SERVICE_UNAVAILABLE, e.to_string())),
     }
 }

@@ -2,12 +2,11 @@
 //! the group commit the name. Nothing that the client claims is believed.
 
 use super::RegistryService;
-use super::answer::{self, Params, bad, fail, ok};
+use super::answer::{self, Answer, Params, Refused, bad, fail, ok};
 use super::walk::{self, Reach, WalkError};
 use crate::app::{AppError, Consistency};
 use crate::stamp;
 use axum::extract::{Request, State};
-use axum::response::Response;
 use http::StatusCode;
 use mainstay_agent::transfer::api::{Durability, PublishRequest, TagInfo};
 use mainstay_agent::transfer::{Manifest, hex_id};
@@ -34,31 +33,21 @@ const WAIT_MAX_S: u32 = 30;
 pub(super) async fn publish(
     State(service): State<Arc<RegistryService>>,
     request: Request,
-) -> Response {
-    match service.publish(request).await {
-        Ok(tag) => ok(tag),
-        Err(refused) => refused,
-    }
+) -> Answer {
+    service.publish(request).await.map(ok)
 }
 
 /// `GET tag`: one tag, visible or not; with `wait`, once it is visible or the time is over.
 pub(super) async fn look_up(
     State(service): State<Arc<RegistryService>>,
     request: Request,
-) -> Response {
+) -> Answer {
     let params = Params::from_query(request.uri());
-    let (which, wait) = match (Which::from(&params), params.number("wait")) {
-        (Ok(which), Ok(wait)) => (which, wait.unwrap_or(0)),
-        (Err(refused), _) | (_, Err(refused)) => return refused,
-    };
-    match service
+    let (which, wait) = (Which::from(&params)?, params.number("wait")?.unwrap_or(0));
+    let tag = service
         .wait_visible(&which, wait, Consistency::Linearizable)
-        .await
-    {
-        Ok(Some(tag)) => ok(tag),
-        Ok(None) => fail(StatusCode::OK, "Not found"),
-        Err(e) => answer::app_error(&e),
-    }
+        .await?;
+    tag.map(ok).ok_or_else(|| fail(StatusCode::OK, "Not found"))
 }
 
 /// How a request names a tag.
@@ -72,7 +61,7 @@ pub(super) struct Which {
 
 impl Which {
     /// `template` and `tag` or `number`; the newest tag if neither is there.
-    pub(super) fn from(params: &Params) -> Result<Self, Response> {
+    pub(super) fn from(params: &Params) -> Result<Self, Refused> {
         let template = params
             .get("template")
             .ok_or_else(|| bad("template is missing"))?;
@@ -118,7 +107,7 @@ fn info(template: &Template, tag: &Tag) -> TagInfo {
 }
 
 impl RegistryService {
-    async fn publish(&self, request: Request) -> Result<TagInfo, Response> {
+    async fn publish(&self, request: Request) -> Result<TagInfo, Refused> {
         let body = answer::read_body(request.into_body()).await?;
         let request: PublishRequest = serde_json::from_str(&String::from_utf8_lossy(&body))
             .map_err(|e| bad(format!("not a publish request: {e}")))?;
@@ -135,8 +124,7 @@ impl RegistryService {
             holder: self.member,
             copies_needed: self.copies_needed(request.durability)?,
         };
-        let outcome = self.catalog.submit(id, command).await;
-        let outcome = outcome.map_err(|e| answer::app_error(&e))?;
+        let outcome = self.catalog.submit(id, command).await?;
         let Outcome::Published {
             template,
             number,
@@ -163,11 +151,11 @@ impl RegistryService {
                 "the tag was deleted right after it was published",
             )
         };
-        seen.map_err(|e| answer::app_error(&e))?.ok_or_else(gone)
+        seen?.ok_or_else(gone)
     }
 
     /// The manifest, if this member holds everything it reaches.
-    async fn whole(&self, digest: [u8; 32]) -> Result<Manifest, Response> {
+    async fn whole(&self, digest: [u8; 32]) -> Result<Manifest, Refused> {
         let chunks = self.chunks.clone();
         let walked = tokio::task::spawn_blocking(move || walk::reach(&chunks, &digest)).await;
         let lacking = |count: usize| {
@@ -186,7 +174,7 @@ impl RegistryService {
         }
     }
 
-    fn copies_needed(&self, durability: Durability) -> Result<u32, Response> {
+    fn copies_needed(&self, durability: Durability) -> Result<u32, Refused> {
         let status = self.catalog.watch().borrow().clone();
         let voters = status
             .members
@@ -231,7 +219,7 @@ impl RegistryService {
     }
 }
 
-fn command_id(request: &PublishRequest) -> Result<CommandId, Response> {
+fn command_id(request: &PublishRequest) -> Result<CommandId, Refused> {
     if request.request_id.is_empty() {
         return Ok(stamp::command_id());
     }
@@ -244,7 +232,7 @@ fn content(
     request: &PublishRequest,
     manifest: Digest,
     files: &Manifest,
-) -> Result<TagContent, Response> {
+) -> Result<TagContent, Refused> {
     let disk = files
         .files
         .first()

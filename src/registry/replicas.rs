@@ -6,7 +6,6 @@ use super::answer::{self, Params, fail, ok};
 use super::publish::Which;
 use crate::app::Consistency;
 use axum::extract::{Request, State};
-use axum::response::Response;
 use http::StatusCode;
 use mainstay_agent::transfer::CHUNK_LEN;
 use mainstay_agent::transfer::api::{self, Answer, Replica};
@@ -103,12 +102,9 @@ impl ProgressMap {
 pub(super) async fn list(
     State(service): State<Arc<RegistryService>>,
     request: Request,
-) -> Response {
+) -> answer::Answer {
     let params = Params::from_query(request.uri());
-    let which = match Which::from(&params) {
-        Ok(which) => which,
-        Err(refused) => return refused,
-    };
+    let which = Which::from(&params)?;
     let local = params.get("local").is_some_and(|v| v != "0");
     let consistency = if local {
         Consistency::Stale
@@ -125,11 +121,8 @@ pub(super) async fn list(
             (key, tag.holders.clone())
         })
     };
-    let (key, holders) = match service.catalog.take(consistency, find).await {
-        Ok(Some(found)) => found,
-        Ok(None) => return fail(StatusCode::OK, "Not found"),
-        Err(e) => return answer::app_error(&e),
-    };
+    let found = service.catalog.take(consistency, find).await?;
+    let (key, holders) = found.ok_or_else(|| fail(StatusCode::OK, "Not found"))?;
     let status = service.catalog.watch().borrow().clone();
     let members = status
         .members
@@ -146,7 +139,7 @@ pub(super) async fn list(
         let (service, key) = (Arc::clone(&service), key.clone());
         async move { service.describe(row, member_id, held, &key).await }
     });
-    ok(futures::future::join_all(rows).await)
+    Ok(ok(futures::future::join_all(rows).await))
 }
 
 impl RegistryService {

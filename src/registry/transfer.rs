@@ -1,11 +1,11 @@
 //! Chunks in and out: which are lacking, here are some, give me some. Bounded memory whatever the
 //! length of a body.
 
-use super::answer::{bad, fail, ok};
+use super::answer::{Answer, Refused, bad, fail, ok};
 use super::{RegistryService, answer};
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::IntoResponse;
 use futures::StreamExt;
 use http::StatusCode;
 use http_body_util::{BodyExt, Limited};
@@ -32,19 +32,14 @@ const FREE_MIN: u64 = 1 << 30;
 pub(super) async fn missing(
     State(service): State<Arc<RegistryService>>,
     request: Request,
-) -> Response {
-    let ids = match read_ids(request).await {
-        Ok(ids) => ids,
-        Err(refused) => return refused,
-    };
+) -> Answer {
+    let ids = read_ids(request).await?;
     let lacking = |id: &Id| *id != ZERO_CHUNK && !service.chunks.contains(&ChunkId(*id));
-    ids.iter()
-        .map(|id| u8::from(lacking(id)))
-        .collect::<Vec<u8>>()
-        .into_response()
+    let flags: Vec<u8> = ids.iter().map(|id| u8::from(lacking(id))).collect();
+    Ok(flags.into_response())
 }
 
-async fn read_ids(request: Request) -> Result<Vec<Id>, Response> {
+async fn read_ids(request: Request) -> Result<Vec<Id>, Refused> {
     let limit = IDS_MAX * 32;
     let body = Limited::new(request.into_body(), limit).collect();
     let bytes = match tokio::time::timeout(IDLE_MAX, body).await {
@@ -63,15 +58,12 @@ async fn read_ids(request: Request) -> Result<Vec<Id>, Response> {
 pub(super) async fn receive(
     State(service): State<Arc<RegistryService>>,
     request: Request,
-) -> Response {
-    match service.receive_all(request.into_body()).await {
-        Ok(answer) => ok(answer),
-        Err(refused) => refused,
-    }
+) -> Answer {
+    service.receive_all(request.into_body()).await.map(ok)
 }
 
 impl RegistryService {
-    async fn receive_all(&self, body: Body) -> Result<PutAnswer, Response> {
+    async fn receive_all(&self, body: Body) -> Result<PutAnswer, Refused> {
         self.check_room()?;
         let _turn = self.writers.acquire().await.map_err(|_| stopping())?;
         let mut stream = body.into_data_stream();
@@ -101,7 +93,7 @@ impl RegistryService {
         Ok(total)
     }
 
-    async fn store(&self, batch: Vec<Record>, total: &mut PutAnswer) -> Result<(), Response> {
+    async fn store(&self, batch: Vec<Record>, total: &mut PutAnswer) -> Result<(), Refused> {
         let chunks = self.chunks.clone();
         let put = tokio::task::spawn_blocking(move || chunks.put(batch)).await;
         match put {
@@ -122,7 +114,7 @@ impl RegistryService {
         }
     }
 
-    fn check_room(&self) -> Result<(), Response> {
+    fn check_room(&self) -> Result<(), Refused> {
         let (free, total) = match self.chunks.disk() {
             Ok(figures) => figures,
             Err(e) => return Err(fail(StatusCode::INSUFFICIENT_STORAGE, answer::chain(&e))),
@@ -136,22 +128,16 @@ impl RegistryService {
     }
 }
 
-fn stopping() -> Response {
+fn stopping() -> Refused {
     fail(StatusCode::SERVICE_UNAVAILABLE, "this member is stopping")
 }
 
 /// `POST chunks/get`: the records that this member has or can get from another; `?local=1`: has.
-pub(super) async fn send(
-    State(service): State<Arc<RegistryService>>,
-    request: Request,
-) -> Response {
+pub(super) async fn send(State(service): State<Arc<RegistryService>>, request: Request) -> Answer {
     let local = answer::Params::from_query(request.uri())
         .get("local")
         .is_some_and(|v| v != "0");
-    let ids = match read_ids(request).await {
-        Ok(ids) => ids,
-        Err(refused) => return refused,
-    };
+    let ids = read_ids(request).await?;
     let (sender, receiver) = mpsc::channel::<std::io::Result<Bytes>>(2);
     tokio::spawn(async move {
         for wanted in ids.chunks(SEND_CHUNKS) {
@@ -169,7 +155,7 @@ pub(super) async fn send(
     let stream = futures::stream::unfold(receiver, |mut receiver| async move {
         receiver.recv().await.map(|piece| (piece, receiver))
     });
-    Body::from_stream(stream).into_response()
+    Ok(Body::from_stream(stream).into_response())
 }
 
 impl RegistryService {

@@ -1,12 +1,12 @@
 //! `mainstay template`: push, pull, list, show, delete, revert, replicas. Talks to the API port for
 //! what the dialect knows, and to the registry ports (learnt from the member list) for bytes.
 
-mod bytes;
+mod copy;
 
+use self::copy::{PullArgs, PushArgs};
 use super::client::{ApiClient, query};
 use super::table::{self, Output, Table};
 use anyhow::{Context as _, bail};
-use bytes::{PullArgs, PushArgs};
 use clap::{Args, Subcommand};
 use mainstay_agent::transfer::api::{REPLICAS, Replica};
 use serde::Deserialize;
@@ -62,8 +62,8 @@ enum TemplateCommand {
 pub async fn run(args: TemplateArgs, endpoints: &[String], output: Output) -> anyhow::Result<()> {
     let client = ApiClient::new(endpoints)?;
     match args.command {
-        TemplateCommand::Push(args) => bytes::push(&client, &args, output).await,
-        TemplateCommand::Pull(args) => bytes::pull(&client, &args, output).await,
+        TemplateCommand::Push(args) => copy::push(&client, &args, output).await,
+        TemplateCommand::Pull(args) => copy::pull(&client, &args, output).await,
         TemplateCommand::List => list(&client, output).await,
         TemplateCommand::Show { template } => {
             let id = find(&client, &template).await?;
@@ -73,14 +73,26 @@ pub async fn run(args: TemplateArgs, endpoints: &[String], output: Output) -> an
         TemplateCommand::Delete { template } => {
             let id = find(&client, &template).await?;
             let _: Value = client.delete(&by_id(&id), &json!({})).await?;
-            done(output, &json!({"id": id}), &format!("template {template} deleted"))
+            done(
+                output,
+                &json!({"id": id}),
+                &format!("template {template} deleted"),
+            )
         }
-        TemplateCommand::Revert { template, tag, number } => {
+        TemplateCommand::Revert {
+            template,
+            tag,
+            number,
+        } => {
             let id = find(&client, &template).await?;
             let selector = json!({"tag": tag, "number": number});
             let path = format!("/api/v1/registry/revert{}", query(&[("id", &id)]));
             let _: Value = client.delete(&path, &selector).await?;
-            done(output, &json!({"id": id}), &format!("template {template} reverted"))
+            done(
+                output,
+                &json!({"id": id}),
+                &format!("template {template} reverted"),
+            )
         }
         TemplateCommand::Replicas { template, tag } => {
             replicas(&client, &template, tag.as_deref(), output).await
@@ -102,7 +114,9 @@ fn done(output: Output, data: &Value, text: &str) -> anyhow::Result<()> {
 /// The id of a template given by name or id.
 async fn find(client: &ApiClient, template: &str) -> anyhow::Result<String> {
     let all: Vec<Value> = client.get("/api/v1/registry/vm?apiVer=v1").await?;
-    let named = all.iter().find(|t| t["name"] == template || t["id"] == template);
+    let named = all
+        .iter()
+        .find(|t| t["name"] == template || t["id"] == template);
     match named.and_then(|t| t["id"].as_str()) {
         Some(id) => Ok(id.to_owned()),
         None => bail!("there is no template {template}: see `mainstay template list`"),
@@ -150,7 +164,10 @@ fn ago(seconds: &Value) -> String {
     if then == 0 {
         return String::new();
     }
-    format!("{} ago", table::age(crate::stamp::now_ms().saturating_sub(then)))
+    format!(
+        "{} ago",
+        table::age(crate::stamp::now_ms().saturating_sub(then))
+    )
 }
 
 async fn replicas(
@@ -163,18 +180,25 @@ async fn replicas(
     let mut pairs = vec![("template", template)];
     pairs.extend(tag.map(|tag| ("tag", tag)));
     let path = format!("{REPLICAS}{}", query(&pairs));
-    let rows: Vec<Replica> =
-        registry.get(&path).await.with_context(|| format!("template {template}"))?;
+    let rows: Vec<Replica> = registry
+        .get(&path)
+        .await
+        .with_context(|| format!("template {template}"))?;
     Ok(table::emit(output, &rows, |rows| {
         let mut table = Table::new(&["MEMBER", "ID", "STATE", "BYTES", "MESSAGE"]);
         for row in rows {
             let copied = match row.total_bytes {
                 0 => String::new(),
                 total => {
-                    format!("{} of {}", table::bytes(row.done_bytes), table::bytes(total))
+                    format!(
+                        "{} of {}",
+                        table::bytes(row.done_bytes),
+                        table::bytes(total)
+                    )
                 }
             };
-            table.row([&row.name, &row.member, &row.state, &copied, &row.message].map(Clone::clone));
+            table
+                .row([&row.name, &row.member, &row.state, &copied, &row.message].map(Clone::clone));
         }
         table
     })?)
@@ -189,8 +213,11 @@ struct MemberRow {
 /// Registry addresses of all members.
 async fn registries(client: &ApiClient) -> anyhow::Result<Vec<String>> {
     let members: Vec<MemberRow> = client.get("/api/v1/members").await?;
-    let urls: Vec<String> =
-        members.into_iter().map(|m| m.registry_url).filter(|url| !url.is_empty()).collect();
+    let urls: Vec<String> = members
+        .into_iter()
+        .map(|m| m.registry_url)
+        .filter(|url| !url.is_empty())
+        .collect();
     if urls.is_empty() {
         bail!("the member list names no registry");
     }
@@ -218,7 +245,9 @@ mod tests {
             "x revert d --number 3",
             "x replicas d",
         ] {
-            Cli::try_parse_from(line.split(' ')).map(|c| c.args).unwrap();
+            Cli::try_parse_from(line.split(' '))
+                .map(|c| c.args)
+                .unwrap();
         }
         for line in [
             "x push d --disk f",

@@ -68,22 +68,35 @@ pub(super) struct PullArgs {
 }
 
 fn host_arch() -> &'static str {
-    if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }
+    if cfg!(target_arch = "aarch64") {
+        "arm64"
+    } else {
+        "amd64"
+    }
 }
 
 fn forward(rule: &str) -> Result<Forward, String> {
     let port = |text: &str| {
-        text.parse::<u16>().map_err(|_| format!("{text:?} is not a port: write NAME:GUEST_PORT[:HOST_PORT]"))
+        text.parse::<u16>()
+            .map_err(|_| format!("{text:?} is not a port: write NAME:GUEST_PORT[:HOST_PORT]"))
     };
     let mut parts = rule.splitn(3, ':');
     let name = parts.next().unwrap_or_default().to_owned();
     let guest_port = port(parts.next().unwrap_or_default())?;
     let host_port = parts.next().map_or(Ok(0), port)?;
-    Ok(Forward { name, guest_port, host_port })
+    Ok(Forward {
+        name,
+        guest_port,
+        host_port,
+    })
 }
 
 /// Push a disk and say what became of it.
-pub(super) async fn push(client: &ApiClient, args: &PushArgs, output: Output) -> anyhow::Result<()> {
+pub(super) async fn push(
+    client: &ApiClient,
+    args: &PushArgs,
+    output: Output,
+) -> anyhow::Result<()> {
     let registries = registries(client).await?;
     let spec = PushSpec {
         template: args.template.clone(),
@@ -126,12 +139,17 @@ pub(super) async fn push(client: &ApiClient, args: &PushArgs, output: Output) ->
         table::bytes(tag.size),
         tag.holders.len()
     );
-    let data = json!({"tag": tag, "sent_chunks": pushed.sent_chunks, "sent_bytes": pushed.sent_bytes});
+    let data =
+        json!({"tag": tag, "sent_chunks": pushed.sent_chunks, "sent_bytes": pushed.sent_bytes});
     done(output, &data, &text)
 }
 
 /// Pull a disk. Unfinished bytes are kept in `FILE.part`, where the next attempt finds them.
-pub(super) async fn pull(client: &ApiClient, args: &PullArgs, output: Output) -> anyhow::Result<()> {
+pub(super) async fn pull(
+    client: &ApiClient,
+    args: &PullArgs,
+    output: Output,
+) -> anyhow::Result<()> {
     let registries = registries(client).await?;
     let mut pairs = vec![("template", args.template.as_str())];
     pairs.extend(args.tag.as_deref().map(|tag| ("tag", tag)));
@@ -139,9 +157,19 @@ pub(super) async fn pull(client: &ApiClient, args: &PullArgs, output: Output) ->
     let tag: TagInfo = ApiClient::new(&registries)?
         .get(&path)
         .await
-        .with_context(|| format!("template {} {}", args.template, args.tag.as_deref().unwrap_or("")))?;
+        .with_context(|| {
+            format!(
+                "template {} {}",
+                args.template,
+                args.tag.as_deref().unwrap_or("")
+            )
+        })?;
     if !tag.visible {
-        bail!("{}:{} is not visible yet: too few members hold it", tag.template, tag.tag);
+        bail!(
+            "{}:{} is not visible yet: too few members hold it",
+            tag.template,
+            tag.tag
+        );
     }
     let part = part_of(&args.disk)?;
     let bar = bar();
@@ -152,12 +180,19 @@ pub(super) async fn pull(client: &ApiClient, args: &PullArgs, output: Output) ->
     std::fs::rename(&part, &args.disk)
         .with_context(|| format!("cannot rename {}", part.display()))?;
     sync_dir_of(&args.disk).with_context(|| format!("cannot sync {}", args.disk.display()))?;
-    let text = format!("{}:{} pulled to {}", tag.template, tag.tag, args.disk.display());
+    let text = format!(
+        "{}:{} pulled to {}",
+        tag.template,
+        tag.tag,
+        args.disk.display()
+    );
     done(output, &json!({"tag": tag, "file": args.disk}), &text)
 }
 
 fn part_of(disk: &Path) -> anyhow::Result<PathBuf> {
-    let Some(name) = disk.file_name() else { bail!("{} is not a file", disk.display()) };
+    let Some(name) = disk.file_name() else {
+        bail!("{} is not a file", disk.display())
+    };
     if disk.is_dir() {
         bail!("{} is a directory", disk.display());
     }
@@ -168,7 +203,10 @@ fn part_of(disk: &Path) -> anyhow::Result<PathBuf> {
 
 /// A renamed file survives a power cut only with its directory.
 fn sync_dir_of(file: &Path) -> std::io::Result<()> {
-    let dir = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = file
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     std::fs::File::open(dir)?.sync_all()
 }
 
