@@ -298,7 +298,7 @@ impl Member {
             Arc::new(move || log.state().disk_bytes + engine.disk_bytes())
         };
         let group = Box::pin(Group::start(
-            group_config(id, cluster_id),
+            GroupConfig::new(id, cluster_id),
             stores.log,
             stores.engine,
             stores.snapshots,
@@ -361,18 +361,6 @@ impl Member {
         closing.send_replace(true);
         drop(self.tasks);
         self.group.shutdown().await;
-    }
-}
-
-fn group_config(id: u64, cluster_id: &str) -> GroupConfig {
-    GroupConfig {
-        id,
-        cluster_id: cluster_id.to_owned(),
-        heartbeat: Duration::from_millis(50),
-        election: (Duration::from_millis(300), Duration::from_millis(600)),
-        snapshot_log_bytes: 64 << 20,
-        keep_entries: 20_000,
-        checkpoint_interval: Duration::from_millis(500),
     }
 }
 

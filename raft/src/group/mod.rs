@@ -278,7 +278,7 @@ impl Inner {
         let checkpointer = self.checkpointer.clone();
         // Joins a thread: off the runtime.
         let _ = tokio::task::spawn_blocking(move || checkpointer.stop(checkpoint)).await;
-        self.fault.raise(SHUT_DOWN);
+        self.fault.close(SHUT_DOWN);
     }
 
     fn stopped(&self, otherwise: &str) -> GroupError {

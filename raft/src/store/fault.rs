@@ -25,6 +25,15 @@ impl FaultCell {
         });
     }
 
+    /// Nothing is wrong: the member was told to stop.
+    pub(crate) fn close(&self, why: &str) {
+        self.0.send_if_modified(|slot| {
+            let first = slot.is_none();
+            slot.get_or_insert_with(|| why.to_owned());
+            first
+        });
+    }
+
     pub(crate) fn get(&self) -> Option<String> {
         self.0.borrow().clone()
     }
