@@ -77,6 +77,9 @@ pub struct DesiredInstance {
     pub generation: u64,
     /// `true`: shall run. `false`: shall be gone.
     pub run: bool,
+    /// With `run`: whatever is there (also nothing) stays as it is and is reported, `gone` if there
+    /// is nothing. Nothing is begun; a start that is under way is broken off.
+    pub keep: bool,
     /// From what.
     pub image: ImageRef,
     /// VM name.

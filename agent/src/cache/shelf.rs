@@ -1,0 +1,198 @@
+//! The cache's files: `<manifest digest>/{disk.part, disk, whole}`. `whole` is written last, so what
+//! has it is whole; its modification time is when the image was last used.
+
+use crate::agent::durable;
+use crate::wire::ImageRef;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+const FORMAT: u32 = 1;
+
+/// What `whole` says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Whole {
+    version: u32,
+    format: String,
+    /// Every template and tag under which these bytes were asked for.
+    names: Vec<ImageRef>,
+}
+
+#[derive(Debug)]
+struct Book {
+    /// Absent while the image is only partly there.
+    whole: Option<Whole>,
+    used: SystemTime,
+}
+
+/// Space of a file system.
+pub(super) struct Space {
+    pub(super) total: u64,
+    pub(super) free: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Shelf {
+    root: PathBuf,
+    books: Arc<Mutex<BTreeMap<String, Book>>>,
+}
+
+impl Shelf {
+    pub(super) fn open(root: &Path) -> io::Result<Self> {
+        fs::create_dir_all(root)?;
+        let mut books = BTreeMap::new();
+        for entry in fs::read_dir(root)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if is_digest(&name) {
+                books.insert(name, look(&entry.path()));
+            }
+        }
+        Ok(Self {
+            root: root.to_owned(),
+            books: Arc::new(Mutex::new(books)),
+        })
+    }
+
+    pub(super) fn disk(&self, digest: &str) -> PathBuf {
+        self.root.join(digest).join("disk")
+    }
+
+    pub(super) fn images(&self) -> Vec<ImageRef> {
+        let books = self.books.lock();
+        let whole = books.values().filter_map(|b| b.whole.as_ref());
+        whole.flat_map(|w| w.names.iter().cloned()).collect()
+    }
+
+    pub(super) fn used_bytes(&self) -> u64 {
+        let digests: Vec<String> = self.books.lock().keys().cloned().collect();
+        digests.iter().map(|d| self.bytes(d)).sum()
+    }
+
+    /// If it is whole: note its use (and this name of it), and answer its format.
+    pub(super) fn touch(&self, image: &ImageRef) -> Option<String> {
+        let mut books = self.books.lock();
+        let book = books.get_mut(&image.manifest)?;
+        let whole = book.whole.as_mut()?;
+        book.used = SystemTime::now();
+        let marker = self.root.join(&image.manifest).join("whole");
+        if whole.names.contains(image) {
+            // Losing this in a crash costs no more than a wrong order of age.
+            let noted = File::options().append(true).open(&marker);
+            if let Err(error) = noted.and_then(|f| f.set_modified(book.used)) {
+                tracing::warn!(path = %marker.display(), %error, "cannot note an image's use");
+            }
+        } else {
+            whole.names.push(image.clone());
+            let stored = serde_json::to_vec(whole).map_err(io::Error::other);
+            if let Err(error) = stored.and_then(|bytes| durable::write(&marker, &bytes)) {
+                tracing::warn!(path = %marker.display(), %error, "cannot note an image's name");
+            }
+        }
+        Some(whole.format.clone())
+    }
+
+    /// Where a pull of this image writes.
+    pub(super) fn begin(&self, digest: &str) -> io::Result<PathBuf> {
+        let folder = self.root.join(digest);
+        fs::create_dir_all(&folder)?;
+        let part = folder.join("disk.part");
+        if part.exists() {
+            // A crash on the way to being whole may have left it read-only.
+            fs::set_permissions(&part, Permissions::from_mode(0o644))?;
+        }
+        let book = Book {
+            whole: None,
+            used: SystemTime::now(),
+        };
+        self.books.lock().insert(digest.to_owned(), book);
+        Ok(part)
+    }
+
+    /// The pull has ended well (its file is fsynced): make the image whole, durably.
+    pub(super) fn finish(&self, image: &ImageRef, format: &str) -> io::Result<()> {
+        let folder = self.root.join(&image.manifest);
+        let part = folder.join("disk.part");
+        fs::set_permissions(&part, Permissions::from_mode(0o444))?;
+        File::open(&part)?.sync_all()?;
+        fs::rename(&part, folder.join("disk"))?;
+        durable::sync_dir(&folder)?;
+        durable::sync_dir(&self.root)?;
+        let whole = Whole {
+            version: FORMAT,
+            format: format.to_owned(),
+            names: vec![image.clone()],
+        };
+        durable::write(&folder.join("whole"), &serde_json::to_vec(&whole)?)?;
+        let book = Book {
+            whole: Some(whole),
+            used: SystemTime::now(),
+        };
+        self.books.lock().insert(image.manifest.clone(), book);
+        Ok(())
+    }
+
+    /// Drop an image: first the claim that it is whole, then its bytes.
+    pub(super) fn remove(&self, digest: &str) -> io::Result<()> {
+        self.books.lock().remove(digest);
+        let folder = self.root.join(digest);
+        if folder.is_dir() {
+            durable::remove(&folder.join("whole"))?;
+            fs::remove_dir_all(&folder)?;
+        }
+        Ok(())
+    }
+
+    /// Digest and bytes of each image, least recently used first.
+    pub(super) fn by_age(&self) -> Vec<(String, u64)> {
+        let mut all: Vec<(SystemTime, String)> = {
+            let books = self.books.lock();
+            books.iter().map(|(d, b)| (b.used, d.clone())).collect()
+        };
+        all.sort();
+        let digests = all.into_iter().map(|(_, digest)| digest);
+        digests.map(|d| (d.clone(), self.bytes(&d))).collect()
+    }
+
+    pub(super) fn space(&self) -> io::Result<Space> {
+        let stat = rustix::fs::statvfs(&self.root)?;
+        Ok(Space {
+            total: stat.f_blocks.saturating_mul(stat.f_frsize),
+            free: stat.f_bavail.saturating_mul(stat.f_frsize),
+        })
+    }
+
+    fn bytes(&self, digest: &str) -> u64 {
+        let folder = self.root.join(digest);
+        allocated(&folder.join("disk")) + allocated(&folder.join("disk.part"))
+    }
+}
+
+fn look(folder: &Path) -> Book {
+    let marker = folder.join("whole");
+    let used = fs::metadata(&marker).and_then(|m| m.modified());
+    let whole = fs::read(&marker)
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<Whole>(&bytes).ok())
+        .filter(|whole| whole.version == FORMAT && folder.join("disk").is_file());
+    Book {
+        whole,
+        used: used.unwrap_or(SystemTime::UNIX_EPOCH),
+    }
+}
+
+/// Bytes that a file really takes on disk; 0 if there is none.
+pub(super) fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |m| m.blocks() * 512)
+}
+
+/// 64 lower-case hex digits: safe as a folder's name.
+pub(super) fn is_digest(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}

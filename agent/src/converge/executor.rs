@@ -1,0 +1,285 @@
+//! Carries out what the pure core says: one task per instance, all at once; a pull never blocks
+//! another start. Knows no controller: sets come in by [`Executor::accept`], observations go out by
+//! [`Executor::observe`].
+
+use super::board::{Board, Local, Running, Step};
+use super::record::Records;
+use super::{Action, Job, plan, survey, task};
+use crate::cache::{Cache, Fetch, Reserve};
+use crate::driver::Driver;
+use crate::wire::{DesiredInstance, DesiredSet, Observed};
+use anyhow::Context;
+use parking_lot::Mutex;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+
+/// What the executor is told once.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Address to show for forwarded ports.
+    pub host_ip: String,
+    /// Kept free on the images' disk.
+    pub reserve: Reserve,
+    /// How long a pull that no registry can serve is tried again before this node gives up.
+    pub pull_patience: Duration,
+    /// First pause between attempts of anything.
+    pub retry_pause: Duration,
+    /// Before a refusal is reported, so that a node that must refuse everything is not asked in a
+    /// tight loop.
+    pub reject_pause: Duration,
+    /// The driver is asked what is there at least this often.
+    pub survey_every: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            host_ip: "127.0.0.1".to_owned(),
+            reserve: Reserve::Percent(20),
+            pull_patience: Duration::from_secs(60),
+            retry_pause: Duration::from_millis(500),
+            reject_pause: Duration::from_secs(1),
+            survey_every: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Shared by the tasks.
+pub(super) struct Inner {
+    pub(super) driver: Arc<dyn Driver>,
+    pub(super) cache: Cache,
+    pub(super) records: Records,
+    pub(super) settings: Settings,
+    pub(super) board: Arc<Mutex<Board>>,
+    /// Something may have to be done.
+    pub(super) wake: Notify,
+    /// The driver should be asked now.
+    pub(super) look: Notify,
+    changed: watch::Sender<u64>,
+}
+
+impl Inner {
+    /// What is observed has changed.
+    pub(super) fn report(&self) {
+        self.changed.send_modify(|n| *n += 1);
+    }
+}
+
+/// The executor; cheap to clone. Dropping the future of [`Executor::run`] leaves all VMs as they are.
+#[derive(Clone)]
+pub struct Executor {
+    inner: Arc<Inner>,
+}
+
+impl std::fmt::Debug for Executor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Executor").finish_non_exhaustive()
+    }
+}
+
+impl Executor {
+    /// Read what the last run left under `root` (`instances/`, `images/`).
+    pub fn open(
+        root: &Path,
+        driver: Arc<dyn Driver>,
+        fetch: Arc<dyn Fetch>,
+        settings: Settings,
+    ) -> anyhow::Result<Self> {
+        let (records, found) =
+            Records::open(&root.join("instances")).context("read instance records")?;
+        let board = Arc::new(Mutex::new(Board::new(found)));
+        let users = {
+            let board = Arc::clone(&board);
+            Arc::new(move || board.lock().manifests_in_use())
+        };
+        let cache = Cache::open(&root.join("images"), fetch, settings.reserve, users)
+            .context("open the image cache")?;
+        let inner = Inner {
+            driver,
+            cache,
+            records,
+            settings,
+            board,
+            wake: Notify::new(),
+            look: Notify::new(),
+            changed: watch::Sender::new(0),
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// The image cache.
+    pub fn cache(&self) -> &Cache {
+        &self.inner.cache
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.inner.driver
+    }
+
+    /// Take over a desired set. `false`: it is older than the one in force and changes nothing.
+    pub fn accept(&self, set: DesiredSet) -> bool {
+        let mut board = self.inner.board.lock();
+        if let Some(now) = &board.desired {
+            if set.generation < now.generation {
+                return false;
+            }
+            if *now == set {
+                return true;
+            }
+        }
+        tracing::debug!(
+            generation = set.generation,
+            instances = set.instances.len(),
+            "desired set"
+        );
+        board.desired = Some(set);
+        drop(board);
+        self.inner.wake.notify_one();
+        true
+    }
+
+    /// Generation of the set in force, 0 before there is one.
+    pub fn generation(&self) -> u64 {
+        let board = self.inner.board.lock();
+        board.desired.as_ref().map_or(0, |d| d.generation)
+    }
+
+    /// Everything there is to report. Empty until the driver was asked for the first time.
+    pub fn observe(&self) -> Vec<Observed> {
+        let board = self.inner.board.lock();
+        if board.surveyed {
+            board.observe()
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// VMs that run.
+    pub fn running(&self) -> u32 {
+        let board = self.inner.board.lock();
+        let running = board.vms.values().filter(|v| v.facts.status == "running");
+        u32::try_from(running.count()).unwrap_or(u32::MAX)
+    }
+
+    /// Told when [`Executor::observe`] has news worth telling at once.
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.inner.changed.subscribe()
+    }
+
+    /// Converge for ever.
+    pub async fn run(&self) {
+        let mut background = JoinSet::new();
+        background.spawn(survey::run(Arc::clone(&self.inner)));
+        // The tasks of instances end with this future, as the agent's process would end them.
+        let _end = Reaper(Arc::clone(&self.inner));
+        loop {
+            self.inner.wake.notified().await;
+            act(&self.inner);
+        }
+    }
+}
+
+struct Reaper(Arc<Inner>);
+
+impl Drop for Reaper {
+    fn drop(&mut self) {
+        for local in self.0.board.lock().locals.values() {
+            if let Some(job) = &local.job {
+                job.task.abort();
+            }
+        }
+    }
+}
+
+/// One round: whatever must begin now, begins.
+fn act(inner: &Arc<Inner>) {
+    let mut board = inner.board.lock();
+    if !board.surveyed {
+        return;
+    }
+    let Some(desired) = board.desired.clone() else {
+        return;
+    };
+    let actions = plan(&desired, &board.doing(), &board.generations());
+    for action in actions {
+        tracing::info!(?action, "converge");
+        let wanted = |id: &str| desired.instances.iter().find(|i| i.id == id);
+        match action {
+            Action::Start(id) => {
+                if let Some(wish) = wanted(&id) {
+                    start(inner, &mut board, wish);
+                }
+            }
+            Action::Delete(id) => {
+                if let Some(wish) = wanted(&id) {
+                    delete(inner, &mut board, wish);
+                }
+            }
+            Action::Cancel(id) | Action::Forget(id) => forget(inner, &mut board, &id),
+        }
+    }
+}
+
+fn start(inner: &Arc<Inner>, board: &mut Board, wish: &DesiredInstance) {
+    let ticket = board.tick();
+    let there = board.vms.get(&wish.id).map(|vm| vm.facts.clone());
+    let record = board.locals.remove(&wish.id).and_then(|l| l.record);
+    let work = task::start(
+        Arc::clone(inner),
+        wish.clone(),
+        ticket,
+        record.clone(),
+        there,
+    );
+    let local = Local {
+        generation: wish.generation,
+        job: Some(Running {
+            kind: Job::Start,
+            ticket,
+            task: tokio::spawn(work),
+        }),
+        record,
+        step: Step::Starting,
+        gone: false,
+    };
+    board.locals.insert(wish.id.clone(), local);
+}
+
+fn delete(inner: &Arc<Inner>, board: &mut Board, wish: &DesiredInstance) {
+    let ticket = board.tick();
+    // A removal that only makes way for a start leaves everything before that start gone.
+    let gone_at = if wish.run {
+        wish.generation.saturating_sub(1)
+    } else {
+        wish.generation
+    };
+    let local = board.locals.entry(wish.id.clone()).or_default();
+    let before = local.job.take().map(|j| j.task);
+    let work = task::delete(Arc::clone(inner), wish.id.clone(), ticket, gone_at, before);
+    local.generation = gone_at;
+    local.job = Some(Running {
+        kind: Job::Delete,
+        ticket,
+        task: tokio::spawn(work),
+    });
+}
+
+fn forget(inner: &Arc<Inner>, board: &mut Board, id: &str) {
+    let ticket = board.tick();
+    let Some(local) = board.locals.get_mut(id) else {
+        return;
+    };
+    let before = local.job.take().map(|j| j.task);
+    let work = task::forget(Arc::clone(inner), id.to_owned(), ticket, before);
+    local.job = Some(Running {
+        kind: Job::Cancel,
+        ticket,
+        task: tokio::spawn(work),
+    });
+}

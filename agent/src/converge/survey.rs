@@ -1,0 +1,28 @@
+//! Asks the driver, again and again, what is really there: a VM that dies by itself is found here.
+
+use super::executor::Inner;
+use std::sync::Arc;
+
+/// Never returns.
+pub(super) async fn run(inner: Arc<Inner>) {
+    loop {
+        let asked = inner.board.lock().tick();
+        match inner.driver.list().await {
+            Ok(list) => {
+                let news = inner.board.lock().surveyed(asked, list);
+                if news {
+                    inner.report();
+                    inner.wake.notify_one();
+                }
+            }
+            Err(error) => {
+                tracing::warn!(driver = inner.driver.name(), %error, "cannot list VMs; asking again");
+            }
+        }
+        let pause = inner.settings.survey_every;
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = inner.look.notified() => {}
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! What is reported of one instance: pure.
+
+use super::Job;
+use super::board::{Local, Step};
+use super::record::Stage;
+use crate::driver::VmSeen;
+use crate::wire::{DesiredInstance, Observed, VmFacts};
+
+/// The observation, if there is something to say: while something is on its way out, nothing is.
+pub(super) fn observe(
+    id: &str,
+    wanted: Option<&DesiredInstance>,
+    local: Option<&Local>,
+    vm: Option<&VmSeen>,
+) -> Option<Observed> {
+    if let Some(kept) = wanted.filter(|w| w.run && w.keep) {
+        return kept_as_is(kept, local, vm);
+    }
+    let shall_go = wanted.is_some_and(|w| !w.run);
+    let Some(local) = local else {
+        return (!shall_go).then(|| unknown(id, vm)).flatten();
+    };
+    if local.gone {
+        return shall_go.then(|| say(id, local.generation, "gone", ""));
+    }
+    if shall_go || local.job.as_ref().is_some_and(|j| j.kind == Job::Delete) {
+        return None;
+    }
+    let Some(record) = &local.record else {
+        return Some(match local.step {
+            Step::Pulling(progress) => Observed {
+                progress,
+                ..say(id, local.generation, "pulling", "")
+            },
+            Step::Starting => say(id, local.generation, "starting", ""),
+        });
+    };
+    let (phase, message) = match (&record.stage, vm) {
+        (Stage::Failed(why), _) => ("failed", why.as_str()),
+        (Stage::Rejected(why), _) => ("rejected", why.as_str()),
+        (Stage::Begun, _) => ("starting", ""),
+        (Stage::Up, None) => ("failed", "the VM is no longer on its node"),
+        (Stage::Up, Some(vm)) => by_status(vm),
+    };
+    let last = || {
+        let status = if phase == "failed" && record.stage == Stage::Up {
+            "failed"
+        } else {
+            "stopped"
+        };
+        let vm = record.vm.clone()?;
+        Some(VmFacts {
+            status: status.to_owned(),
+            ..vm
+        })
+    };
+    Some(Observed {
+        vm: vm.map(|v| v.facts.clone()).or_else(last),
+        script: record.script.clone(),
+        ..say(id, local.generation, phase, message)
+    })
+}
+
+/// What is there, told at the generation at which it was last named.
+fn kept_as_is(
+    wanted: &DesiredInstance,
+    local: Option<&Local>,
+    vm: Option<&VmSeen>,
+) -> Option<Observed> {
+    if local.is_some_and(|l| l.job.is_some()) {
+        return None;
+    }
+    let script = local.and_then(|l| l.record.as_ref()?.script.clone());
+    let Some(vm) = vm else {
+        return Some(Observed {
+            script,
+            ..say(&wanted.id, wanted.generation, "gone", "")
+        });
+    };
+    let (phase, message) = by_status(vm);
+    Some(Observed {
+        vm: Some(vm.facts.clone()),
+        script,
+        ..say(&wanted.id, wanted.generation, phase, message)
+    })
+}
+
+/// A VM that nobody named since this agent started.
+fn unknown(id: &str, vm: Option<&VmSeen>) -> Option<Observed> {
+    let vm = vm?;
+    let (phase, message) = by_status(vm);
+    Some(Observed {
+        vm: Some(vm.facts.clone()),
+        ..say(id, vm.generation, phase, message)
+    })
+}
+
+fn by_status(vm: &VmSeen) -> (&'static str, &str) {
+    match vm.facts.status.as_str() {
+        "running" => ("running", ""),
+        "failed" if vm.message.is_empty() => ("failed", "the VM failed"),
+        "failed" => ("failed", &vm.message),
+        _ => ("stopped", &vm.message),
+    }
+}
+
+fn say(id: &str, generation: u64, phase: &str, message: &str) -> Observed {
+    Observed {
+        id: id.to_owned(),
+        generation,
+        phase: phase.to_owned(),
+        message: message.to_owned(),
+        ..Observed::default()
+    }
+}

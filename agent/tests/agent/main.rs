@@ -1,0 +1,8 @@
+//! A whole agent on the fake driver against stub controllers over loopback.
+
+// Helpers outside of #[test] functions may fail loudly too.
+#![allow(clippy::unwrap_used)]
+
+mod life;
+mod links;
+mod stub;
