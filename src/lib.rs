@@ -11,6 +11,7 @@ pub mod http;
 pub mod listen;
 pub mod machine;
 pub mod peer;
+pub mod reconcile;
 pub mod registry;
 pub mod server;
 pub mod stamp;

@@ -15,7 +15,7 @@ use crate::listen::{self, Door};
 use crate::machine::ModelMachine;
 use crate::peer::{self, MemberHttp, Notices, PeerClient, PeerDialer, PeerPort};
 use crate::registry::{self, RegistryService};
-use crate::{agents, cli, http as rest, stamp};
+use crate::{agents, cli, http as rest, reconcile, stamp};
 use anyhow::{Context, anyhow, bail};
 use axum::Router;
 use axum::http::StatusCode;
@@ -33,7 +33,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 /// A clean stop takes no longer than this; what is not done by then is done by the next start.
 const STOP_MAX: Duration = Duration::from_secs(10);
@@ -261,6 +261,8 @@ fn not_ready(port: &Arc<PeerPort>) -> Router {
 struct Member {
     group: Group,
     api: ApiState,
+    nodes: agents::AgentsState,
+    reconcilers: JoinHandle<()>,
     registry: Arc<RegistryService>,
     /// Ends with the member.
     tasks: JoinSet<()>,
@@ -331,10 +333,22 @@ impl Member {
         );
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&registry).replicate());
+        let nodes = agents::AgentsState::new(
+            app.clone(),
+            liveness.clone(),
+            agents::AgentsConfig::new(cluster_id),
+        );
+        let reconcilers = reconcile::spawn(
+            app.clone(),
+            liveness.clone(),
+            reconcile::ReconcileConfig::default(),
+        );
         let api = ApiState::new(app, liveness, about);
         Ok(Self {
             group,
             api,
+            nodes,
+            reconcilers,
             registry,
             tasks,
         })
@@ -342,7 +356,7 @@ impl Member {
 
     fn routers(&self, port: &Arc<PeerPort>) -> Routers {
         Routers {
-            api: rest::router(self.api.clone()),
+            api: rest::router(self.api.clone()).merge(agents::agents_router(self.nodes.clone())),
             registry: registry::registry_router(Arc::clone(&self.registry)),
             peer: peer::router(port, registry::transfer_router(Arc::clone(&self.registry))),
         }
@@ -359,6 +373,7 @@ impl Member {
             }
         }
         closing.send_replace(true);
+        self.reconcilers.abort();
         drop(self.tasks);
         self.group.shutdown().await;
     }

@@ -1,7 +1,7 @@
 //! What agents say that is not worth the log: heartbeats, figures, progress of pulls. In memory on
 //! every member; refuses to judge (the leader's `reconcile` does).
 //!
-//! A member hears its own agents first hand. Every [`exchange`](super::exchange) interval (half a
+//! A member hears its own agents first hand. Every [exchange](super::exchange) interval (half a
 //! second) a follower hands what it heard to the leader and takes back what the leader heard from
 //! everybody else, so any member can show any node's figures, at most about a second old.
 //! Each fact has a place in a local sequence; "what is new since N" is then a range.

@@ -15,6 +15,7 @@ pub mod dev;
 pub mod instance;
 pub mod load;
 pub mod member;
+pub mod node;
 pub mod server;
 pub mod status;
 pub mod table;
@@ -59,6 +60,8 @@ enum Verb {
     Status,
     /// List and change the members
     Member(member::MemberArgs),
+    /// Join as a node; list, show, drain and remove nodes
+    Node(node::NodeArgs),
     /// Start, list, show and terminate instances
     Instance(Box<instance::InstanceArgs>),
     /// Push, pull and manage templates
@@ -102,6 +105,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Dev(args) => Box::pin(dev::run(args)).await,
         Verb::Status => status::run(&endpoints, output).await,
         Verb::Member(args) => member::run(args, &endpoints, output).await,
+        Verb::Node(args) => Box::pin(node::run(args, &endpoints, output)).await,
         Verb::Instance(args) => Box::pin(instance::run(*args, &endpoints, output)).await,
         Verb::Template(args) => Box::pin(template::run(args, &endpoints, output)).await,
         Verb::Bench(args) => Box::pin(bench::run(args, &endpoints, output == Output::Json)).await,

@@ -1,0 +1,90 @@
+//! What a node shall run: a pure function of the state.
+
+use super::translate;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use mainstay_agent::wire;
+use mainstay_model::instance::{Instance, Script, ScriptFailure, Wanted};
+use mainstay_model::node::Node;
+use mainstay_model::{NodeId, State};
+
+/// Clients recognise VMs of the controller by this prefix.
+const NAME_PREFIX: &str = "mgmtManaged-";
+
+/// `None`: no such node.
+pub(super) fn desired_set(state: &State, id: &NodeId) -> Option<wire::DesiredSet> {
+    let node = state.nodes.get(id)?;
+    let instances = state.on_node(id).map(|i| desired(state, node, i));
+    Some(wire::DesiredSet {
+        generation: node.desired_generation,
+        instances: instances.collect(),
+    })
+}
+
+fn desired(state: &State, node: &Node, instance: &Instance) -> wire::DesiredInstance {
+    let request = &instance.request;
+    let mut wish = wire::DesiredInstance {
+        id: instance.id.0.clone(),
+        generation: instance.generation,
+        run: instance.wanted() != Wanted::Gone,
+        keep: instance.wanted() == Wanted::Keep,
+        ..wire::DesiredInstance::default()
+    };
+    if instance.wanted() != Wanted::Run {
+        return wish;
+    }
+    let template = state.templates.get(&request.template);
+    let tag = template.and_then(|t| t.tags.get(&instance.tag_number));
+    let template_name = template.map_or("", |t| t.name.as_str());
+    wish.image = wire::ImageRef {
+        template_id: request.template.0.clone(),
+        template: template_name.to_owned(),
+        tag: instance.tag.clone(),
+        number: instance.tag_number,
+        manifest: tag.map_or_else(String::new, |t| t.content.manifest.to_string()),
+    };
+    wish.name = vm_name(node, instance, template_name);
+    wish.vcpu = request.vcpu.unwrap_or(0);
+    wish.ram_mb = request.vram_mb.unwrap_or(0);
+    wish.script = request.script.as_ref().map(script);
+    wish.forwards = match (&request.port_forwarding, tag) {
+        (Some(own), _) => translate::rules(own),
+        (None, Some(tag)) => translate::rules(&tag.content.forwards),
+        (None, None) => Vec::new(),
+    };
+    wish
+}
+
+fn script(script: &Script) -> wire::Script {
+    wire::Script {
+        body: STANDARD.encode(&script.body),
+        monitored: script.monitored,
+        timeout_s: script.timeout_s,
+        at_boot: script.at_boot,
+        on_failure: match script.on_failure {
+            ScriptFailure::Stop => 0,
+            ScriptFailure::Keep => 1,
+            ScriptFailure::Delete => 2,
+        },
+    }
+}
+
+/// The caller's template with its variables filled in; without one, template and instance id.
+fn vm_name(node: &Node, instance: &Instance, template: &str) -> String {
+    let request = &instance.request;
+    let pattern = request.name_template.as_deref();
+    let mut name = pattern.unwrap_or("$template_name-$instance_id").to_owned();
+    let ts = (instance.created_ms / 1000).to_string();
+    // `$template_name` before `$ts` and the like: none is a prefix of another.
+    for (variable, value) in [
+        ("$template_name", template),
+        ("$template_id", request.template.as_str()),
+        ("$instance_id", instance.id.as_str()),
+        ("$node_id", node.id.as_str()),
+        ("$node_name", node.name()),
+        ("$ts", ts.as_str()),
+    ] {
+        name = name.replace(variable, value);
+    }
+    format!("{NAME_PREFIX}{name}")
+}

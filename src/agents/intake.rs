@@ -1,0 +1,124 @@
+//! Reports become commands: only where something differs from the state, and at most one command of
+//! a node is under way; newer reports wait and replace each other. Nothing is lost by dropping one:
+//! an agent says everything again with every heartbeat.
+
+use super::translate;
+use crate::app::{App, Consistency};
+use mainstay_agent::wire::{ImageRef, Report};
+use mainstay_model::instance::{Instance, InstanceState, Observation, ObservedPhase};
+use mainstay_model::limits::{BATCH, NODE_IMAGES};
+use mainstay_model::{Command, NodeId, State, TemplateId};
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Nodes with a command under way, each with the report that waits behind it.
+type Busy = Arc<Mutex<BTreeMap<String, Option<Report>>>>;
+
+pub(super) struct Intake {
+    app: App,
+    busy: Busy,
+}
+
+impl Intake {
+    pub(super) fn new(app: App) -> Self {
+        Self {
+            app,
+            busy: Busy::default(),
+        }
+    }
+
+    /// Returns at once.
+    pub(super) fn take(&self, report: Report) {
+        {
+            let mut busy = self.busy.lock();
+            if let Some(waiting) = busy.get_mut(&report.node_id) {
+                *waiting = Some(report);
+                return;
+            }
+            busy.insert(report.node_id.clone(), None);
+        }
+        tokio::spawn(work(self.app.clone(), Arc::clone(&self.busy), report));
+    }
+}
+
+async fn work(app: App, busy: Busy, mut report: Report) {
+    loop {
+        let commands = match app.read(Consistency::Stale).await {
+            Ok(state) => commands(&state, &report),
+            Err(_) => Vec::new(),
+        };
+        for command in commands {
+            if let Err(error) = app.submit(command).await {
+                tracing::debug!(node = report.node_id, %error, "a report was not taken; the next one will say it again");
+            }
+        }
+        let mut busy = busy.lock();
+        match busy.get_mut(&report.node_id).and_then(Option::take) {
+            Some(newer) => report = newer,
+            None => {
+                busy.remove(&report.node_id);
+                return;
+            }
+        }
+    }
+}
+
+/// What must be said to the log so that the state agrees with the report.
+fn commands(state: &State, report: &Report) -> Vec<Command> {
+    let id = NodeId(report.node_id.clone());
+    let Some(node) = state.nodes.get(&id) else {
+        return Vec::new();
+    };
+    let mut commands = Vec::new();
+    let changes: Vec<Observation> = report
+        .observed
+        .iter()
+        .filter_map(translate::observation)
+        .filter(|seen| {
+            let instance = state.instances.get(&seen.id);
+            instance.is_some_and(|i| i.node.as_ref() == Some(&id) && tells_news(i, seen))
+        })
+        .take(BATCH)
+        .collect();
+    if !changes.is_empty() {
+        let node = id.clone();
+        commands.push(Command::Observe { node, changes });
+    }
+    let images = images(&report.images);
+    if images != node.images {
+        let images = images.into_iter().collect();
+        commands.push(Command::SetNodeImages { id, images });
+    }
+    commands
+}
+
+fn images(images: &[ImageRef]) -> BTreeSet<(TemplateId, u32)> {
+    let all = images.iter().filter(|i| !i.template_id.is_empty());
+    all.map(|i| (TemplateId(i.template_id.clone()), i.number))
+        .take(NODE_IMAGES)
+        .collect()
+}
+
+/// Would the state machine do anything with it? Errs on the side of saying it once more.
+fn tells_news(instance: &Instance, seen: &Observation) -> bool {
+    use InstanceState as S;
+    use ObservedPhase as P;
+    if instance.generation != seen.generation || instance.ended_ms.is_some() {
+        return false;
+    }
+    let facts = seen.vm.is_some() && seen.vm != instance.vm;
+    let script = seen.script.is_some() && instance.script_result.is_none();
+    let step = match (instance.state, &seen.phase) {
+        (S::Terminated, _) => return false,
+        (S::Terminating, P::Gone) => true,
+        (S::Error, P::Gone) => return !instance.vm_gone,
+        (S::Error | S::Terminating, _) => false,
+        (_, P::Failed(_) | P::Rejected(_) | P::Gone) => true,
+        (S::Scheduling, P::Pulling) => true,
+        (S::Scheduling | S::Pulling | S::Stopped, P::Running) => true,
+        (S::Scheduling | S::Pulling | S::Started | S::Stopping, P::Stopped) => true,
+        (_, P::Pulling | P::Starting | P::Running | P::Stopped) => false,
+    };
+    step || facts || script
+}

@@ -1,0 +1,99 @@
+//! Words of the agents' wire and words of the model, one into the other. Pure.
+
+use super::liveness::Heard;
+use mainstay_agent::wire;
+use mainstay_model::instance::{Observation, ObservedPhase, PortRule, ScriptResult, VmInfo};
+use mainstay_model::limits::{NAME_BYTES, PORT_RULES};
+use mainstay_model::node::NodeSpec;
+use mainstay_model::{GroupId, InstanceId};
+
+pub(super) fn spec(call: &wire::RegisterRequest) -> NodeSpec {
+    NodeSpec {
+        name: call.name.clone(),
+        ip_address: call.ip_address.clone(),
+        arch: call.arch.clone(),
+        cpu_count: call.cpu_count,
+        ram_mb: call.ram_mb,
+        disk_bytes: call.disk_bytes,
+        capacity: call.capacity,
+        groups: call.groups.iter().cloned().map(GroupId).collect(),
+        agent_version: call.agent_version.clone(),
+        driver: call.driver.clone(),
+    }
+}
+
+pub(super) fn heard(report: &wire::Report) -> Heard {
+    let pulling = report.observed.iter().filter(|o| o.phase == "pulling");
+    Heard {
+        node: report.node_id.clone(),
+        age_ms: 0,
+        stats: report.stats.clone(),
+        progress: pulling.map(|o| (o.id.clone(), o.progress)).collect(),
+    }
+}
+
+/// `None` for a phase of another release.
+pub(super) fn observation(seen: &wire::Observed) -> Option<Observation> {
+    let phase = match seen.phase.as_str() {
+        "pulling" => ObservedPhase::Pulling,
+        "starting" => ObservedPhase::Starting,
+        "running" => ObservedPhase::Running,
+        "stopped" => ObservedPhase::Stopped,
+        "failed" => ObservedPhase::Failed(seen.message.clone()),
+        "rejected" => ObservedPhase::Rejected(seen.message.clone()),
+        "gone" => ObservedPhase::Gone,
+        _ => return None,
+    };
+    Some(Observation {
+        id: InstanceId(seen.id.clone()),
+        generation: seen.generation,
+        phase,
+        vm: seen.vm.as_ref().map(vm),
+        script: seen.script.as_ref().map(|s| ScriptResult {
+            return_code: s.return_code,
+            did_timeout: s.did_timeout,
+            stdout: s.stdout.clone(),
+            stderr: s.stderr.clone(),
+        }),
+    })
+}
+
+/// Cut as the model cuts, so that comparing it with the state finds no difference that is none.
+fn vm(facts: &wire::VmFacts) -> VmInfo {
+    let rules = facts.port_forwarding.iter().take(PORT_RULES);
+    VmInfo {
+        uuid: clip(&facts.uuid),
+        name: clip(&facts.name),
+        status: clip(&facts.status),
+        ip: clip(&facts.ip),
+        host_ip: clip(&facts.host_ip),
+        cpu_cores: facts.cpu_cores,
+        ram_mb: facts.ram_mb,
+        port_forwarding: rules
+            .map(|r| PortRule {
+                name: clip(&r.name),
+                guest_port: r.guest_port,
+                host_port: r.host_port,
+            })
+            .collect(),
+        vnc_port: facts.vnc_port,
+        created_ms: facts.created_ms,
+        started_ms: facts.started_ms,
+        accelerator: clip(&facts.accelerator),
+    }
+}
+
+fn clip(text: &str) -> String {
+    text[..text.floor_char_boundary(NAME_BYTES)].to_owned()
+}
+
+pub(super) fn rules(rules: &[PortRule]) -> Vec<wire::PortRule> {
+    rules
+        .iter()
+        .map(|r| wire::PortRule {
+            name: r.name.clone(),
+            guest_port: r.guest_port,
+            host_port: r.host_port,
+        })
+        .collect()
+}

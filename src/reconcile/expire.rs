@@ -1,0 +1,43 @@
+//! Forgets ended instances once their retention is over. Apply checks the time again.
+
+use super::{ReconcileConfig, lead};
+use crate::app::{App, Consistency};
+use crate::stamp;
+use mainstay_model::{Command, InstanceId, State};
+use tokio::time::sleep;
+
+/// Instances in one command.
+const EXPIRE_MAX: usize = 5_000;
+
+/// Ends with the group.
+pub(super) async fn run(app: App, config: ReconcileConfig) {
+    let retention_ms = u64::try_from(config.retention.as_millis()).unwrap_or(u64::MAX);
+    while lead(&app).await {
+        let Ok(ids) = app
+            .read(Consistency::Stale)
+            .await
+            .map(|state| ended(&state, retention_ms, stamp::now_ms()))
+        else {
+            return;
+        };
+        let full = ids.len() == EXPIRE_MAX;
+        if !ids.is_empty() {
+            let command = Command::ExpireInstances { ids, retention_ms };
+            if let Err(error) = app.submit(command).await {
+                tracing::debug!(%error, "ended instances were not forgotten; trying again");
+            } else if full {
+                continue;
+            }
+        }
+        sleep(config.expire_every).await;
+    }
+}
+
+fn ended(state: &State, retention_ms: u64, now_ms: u64) -> Vec<InstanceId> {
+    let now = now_ms.max(state.clock_ms);
+    let over = state.instances.values().filter(|i| {
+        i.ended_ms
+            .is_some_and(|at| at.saturating_add(retention_ms) <= now)
+    });
+    over.map(|i| i.id.clone()).take(EXPIRE_MAX).collect()
+}
