@@ -104,7 +104,14 @@ pub(super) async fn run(app: App, liveness: Liveness, exchange: Exchange, config
                 Err(error) => tracing::debug!(%error, leader, "exchange of heartbeats failed"),
             }
         }
-        tokio::time::sleep(config.exchange_every).await;
+        // Until the leader was reached for the first time, no report is accepted here: ask soon again.
+        let known = exchange.reached.lock().is_some();
+        let pause = if known {
+            config.exchange_every
+        } else {
+            config.exchange_every / 10
+        };
+        tokio::time::sleep(pause).await;
     }
 }
 
