@@ -8,25 +8,25 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// The binary under test.
-pub const BIN: &str = env!("CARGO_BIN_EXE_mainstay");
+pub(crate) const BIN: &str = env!("CARGO_BIN_EXE_mainstay");
 
 /// One server: its addresses outlive its process.
-pub struct Member {
-    pub name: String,
-    pub api: String,
-    pub registry: String,
-    pub peer: String,
-    pub data: PathBuf,
+pub(crate) struct Member {
+    pub(crate) name: String,
+    pub(crate) api: String,
+    pub(crate) registry: String,
+    pub(crate) peer: String,
+    pub(crate) data: PathBuf,
     child: Option<Child>,
 }
 
 /// A cluster and its agents; everything ends with it.
-pub struct Cluster {
-    pub dir: tempfile::TempDir,
-    pub members: Vec<Member>,
-    pub token: String,
+pub(crate) struct Cluster {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) members: Vec<Member>,
+    pub(crate) token: String,
     agents: Vec<(String, Child)>,
-    pub client: reqwest::Client,
+    pub(crate) client: reqwest::Client,
 }
 
 fn free_port() -> u16 {
@@ -39,7 +39,7 @@ fn free_port() -> u16 {
 
 impl Cluster {
     /// Addresses and directories for members `c1`..; nothing is started.
-    pub fn new(count: usize) -> Self {
+    pub(crate) fn new(count: usize) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("mainstay-")
             .tempdir()
@@ -67,7 +67,7 @@ impl Cluster {
     }
 
     /// Three members, started and ready.
-    pub async fn ready() -> Self {
+    pub(crate) async fn ready() -> Self {
         let mut cluster = Self::new(3);
         for n in 0..3 {
             cluster.start(n);
@@ -77,7 +77,7 @@ impl Cluster {
     }
 
     /// The member list as the command line takes it.
-    pub fn list(&self) -> String {
+    pub(crate) fn list(&self) -> String {
         let each = self
             .members
             .iter()
@@ -86,7 +86,7 @@ impl Cluster {
     }
 
     /// The command that runs member `n`, for tests that want to change it.
-    pub fn server_command(&self, n: usize) -> Command {
+    pub(crate) fn server_command(&self, n: usize) -> Command {
         let m = &self.members[n];
         let mut command = Command::new(BIN);
         command
@@ -122,12 +122,12 @@ impl Cluster {
     }
 
     /// Everything a process printed.
-    pub fn log(&self, name: &str) -> String {
+    pub(crate) fn log(&self, name: &str) -> String {
         std::fs::read_to_string(self.dir.path().join(format!("{name}.log"))).unwrap_or_default()
     }
 
     /// Start member `n`.
-    pub fn start(&mut self, n: usize) {
+    pub(crate) fn start(&mut self, n: usize) {
         let log = self.log_file(&self.members[n].name);
         let mut command = self.server_command(n);
         command.stdout(log.try_clone().unwrap()).stderr(log);
@@ -135,14 +135,14 @@ impl Cluster {
     }
 
     /// kill -9.
-    pub fn kill(&mut self, n: usize) {
+    pub(crate) fn kill(&mut self, n: usize) {
         let mut child = self.members[n].child.take().expect("the member runs");
         child.kill().unwrap();
         child.wait().unwrap();
     }
 
     /// Has the process of member `n` ended by itself?
-    pub fn exited(&mut self, n: usize) -> Option<std::process::ExitStatus> {
+    pub(crate) fn exited(&mut self, n: usize) -> Option<std::process::ExitStatus> {
         self.members[n]
             .child
             .as_mut()
@@ -150,12 +150,12 @@ impl Cluster {
     }
 
     /// Is it running, as far as this test knows?
-    pub fn running(&self, n: usize) -> bool {
+    pub(crate) fn running(&self, n: usize) -> bool {
         self.members[n].child.is_some()
     }
 
     /// API addresses of all members, as the command line takes them.
-    pub fn endpoints(&self) -> String {
+    pub(crate) fn endpoints(&self) -> String {
         self.members
             .iter()
             .map(|m| format!("http://{}", m.api))
@@ -164,7 +164,7 @@ impl Cluster {
     }
 
     /// Wait until `/readyz` of each of these members is 200.
-    pub async fn wait_ready(&mut self, which: &[usize]) {
+    pub(crate) async fn wait_ready(&mut self, which: &[usize]) {
         for &n in which {
             let url = format!("http://{}/readyz", self.members[n].api);
             let begin = Instant::now();
@@ -189,7 +189,7 @@ impl Cluster {
     }
 
     /// Run the command line against all members.
-    pub fn cli(&self, args: &[&str]) -> Output {
+    pub(crate) fn cli(&self, args: &[&str]) -> Output {
         let mut command = Command::new(BIN);
         command
             .args(args)
@@ -199,7 +199,7 @@ impl Cluster {
     }
 
     /// The same, which must succeed; its standard output.
-    pub fn cli_ok(&self, args: &[&str]) -> String {
+    pub(crate) fn cli_ok(&self, args: &[&str]) -> String {
         let out = self.cli(args);
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
         let error = String::from_utf8_lossy(&out.stderr);
@@ -212,7 +212,7 @@ impl Cluster {
     }
 
     /// The same with `--output json`, decoded.
-    pub fn cli_json(&self, args: &[&str]) -> Value {
+    pub(crate) fn cli_json(&self, args: &[&str]) -> Value {
         let mut all = args.to_vec();
         all.extend(["--output", "json"]);
         let text = self.cli_ok(&all);
@@ -220,7 +220,7 @@ impl Cluster {
     }
 
     /// One REST call to member `n`; the envelope's body of an OK answer, else the error text.
-    pub async fn call(
+    pub(crate) async fn call(
         &self,
         n: usize,
         method: &str,
@@ -247,7 +247,7 @@ impl Cluster {
     }
 
     /// Index of the leader, as soon as a running member names one that runs.
-    pub async fn leader(&self) -> usize {
+    pub(crate) async fn leader(&self) -> usize {
         let begin = Instant::now();
         loop {
             for n in (0..self.members.len()).filter(|n| self.running(*n)) {
@@ -272,7 +272,7 @@ impl Cluster {
     }
 
     /// Start an agent with these extra arguments; its data directory survives restarts by name.
-    pub fn start_agent(&mut self, name: &str, extra: &[&str]) {
+    pub(crate) fn start_agent(&mut self, name: &str, extra: &[&str]) {
         let log = self.log_file(name);
         let mut command = Command::new(BIN);
         command
@@ -296,7 +296,7 @@ impl Cluster {
     }
 
     /// kill -9 an agent.
-    pub fn kill_agent(&mut self, name: &str) {
+    pub(crate) fn kill_agent(&mut self, name: &str) {
         let at = self
             .agents
             .iter()
@@ -308,7 +308,7 @@ impl Cluster {
     }
 
     /// Processes whose command line mentions this cluster's directory: its VMs.
-    pub fn vm_processes(&self) -> Vec<u32> {
+    pub(crate) fn vm_processes(&self) -> Vec<u32> {
         processes_naming(self.dir.path())
             .into_iter()
             .filter(|(_, line)| line.contains("qemu-system"))
@@ -363,7 +363,7 @@ impl Drop for Cluster {
 }
 
 /// Wait until `probe` answers `Some`, at most `limit`; `what` names it in the failure.
-pub async fn until<T, F: Future<Output = Option<T>>>(
+pub(crate) async fn until<T, F: Future<Output = Option<T>>>(
     what: &str,
     limit: Duration,
     mut probe: impl FnMut() -> F,

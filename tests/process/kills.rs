@@ -45,7 +45,7 @@ async fn kill_cycles_lose_nothing() {
 }
 
 /// All members reach the same applied index.
-pub async fn all_members_agree(cluster: &Cluster) {
+pub(crate) async fn all_members_agree(cluster: &Cluster) {
     until(
         "equal applied index on all members",
         Duration::from_secs(20),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 
 /// Clients at work.
-pub struct Writers {
+pub(crate) struct Writers {
     stop: Arc<AtomicBool>,
     clients: Vec<(String, Arc<Progress>, JoinHandle<()>)>,
 }
@@ -22,7 +22,7 @@ struct Progress {
 
 impl Writers {
     /// `count` clients, each with its own instance of `template` (which nothing runs).
-    pub async fn start(cluster: &Cluster, template: &str, count: usize) -> Self {
+    pub(crate) async fn start(cluster: &Cluster, template: &str, count: usize) -> Self {
         let body = json!({"vmid": template, "count": count, "external_id": "writers"});
         let ids = cluster
             .call(0, "POST", "/api/v1/vm", Some(body))
@@ -48,7 +48,7 @@ impl Writers {
     }
 
     /// Acknowledged writes so far.
-    pub fn acknowledged(&self) -> u64 {
+    pub(crate) fn acknowledged(&self) -> u64 {
         self.clients
             .iter()
             .map(|(_, p, _)| p.acknowledged.load(Ordering::SeqCst))
@@ -56,7 +56,7 @@ impl Writers {
     }
 
     /// Wait for `more` further acknowledgements: the cluster accepts writes.
-    pub async fn progress(&self, more: u64) {
+    pub(crate) async fn progress(&self, more: u64) {
         let goal = self.acknowledged() + more;
         crate::cluster::until("writes go on", Duration::from_secs(30), || async {
             (self.acknowledged() >= goal).then_some(())
@@ -64,14 +64,8 @@ impl Writers {
         .await;
     }
 
-    /// Stop, then read back through member `n`: every acknowledged number is there.
-    pub async fn finish(self, cluster: &Cluster, n: usize) -> u64 {
-        let total = self.stop_only().await;
-        total.check(cluster, n).await
-    }
-
     /// Stop the clients; what they were told can be checked later, e.g. after a restart of all.
-    pub async fn stop_only(self) -> Acknowledged {
+    pub(crate) async fn stop_only(self) -> Acknowledged {
         self.stop.store(true, Ordering::SeqCst);
         let mut all = Vec::new();
         let mut total = 0;
@@ -85,14 +79,14 @@ impl Writers {
 }
 
 /// What the clients were told.
-pub struct Acknowledged {
+pub(crate) struct Acknowledged {
     all: Vec<(String, u64)>,
     total: u64,
 }
 
 impl Acknowledged {
     /// Every acknowledged write is visible through member `n`.
-    pub async fn check(&self, cluster: &Cluster, n: usize) -> u64 {
+    pub(crate) async fn check(&self, cluster: &Cluster, n: usize) -> u64 {
         assert!(
             self.total > 0,
             "no write was acknowledged: the run proves nothing"

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// A file of `len` bytes that does not compress.
-pub fn noise_file(path: &Path, len: usize, seed: u64) {
+pub(crate) fn noise_file(path: &Path, len: usize, seed: u64) {
     let mut state = seed | 1;
     let mut bytes = Vec::with_capacity(len + 8);
     while bytes.len() < len {
@@ -22,7 +22,7 @@ pub fn noise_file(path: &Path, len: usize, seed: u64) {
 }
 
 /// Push a template of a few hundred kilobytes; its id.
-pub async fn push_small_template(cluster: &Cluster, name: &str) -> String {
+pub(crate) async fn push_small_template(cluster: &Cluster, name: &str) -> String {
     let disk = cluster.dir.path().join(format!("{name}.raw"));
     noise_file(&disk, 300_000, 7);
     cluster.cli_ok(&[
@@ -40,7 +40,7 @@ pub async fn push_small_template(cluster: &Cluster, name: &str) -> String {
 }
 
 /// Id of a template by name, seen through member 0 or the next that runs.
-pub async fn template_id(cluster: &Cluster, name: &str) -> Option<String> {
+pub(crate) async fn template_id(cluster: &Cluster, name: &str) -> Option<String> {
     let n = (0..cluster.members.len()).find(|n| cluster.running(*n))?;
     let list = cluster
         .call(n, "GET", "/api/v1/registry/vm", None)

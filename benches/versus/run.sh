@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Every side-by-side figure of the README, one after the other. About forty minutes on two cores.
+# Needs a release build (make bench makes it) and, beyond deploy/install-deps.sh: etcd-server etcd-client rsync python3.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+for tool in etcd etcdctl rsync python3 debugfs; do
+  PATH="$PATH:/usr/sbin:/sbin" command -v "$tool" >/dev/null || {
+    echo "missing: $tool (apt-get install etcd-server etcd-client rsync python3 e2fsprogs)" >&2
+    exit 1
+  }
+done
+export PATH="$PATH:/usr/sbin:/sbin"
+guest=$(mktemp -d)/tiny.qcow2
+guest/build.sh "$guest"
+benches/versus/p1_p2.py
+benches/versus/p4.py
+benches/versus/p5_p6.py
+benches/versus/p10.py "$guest"
