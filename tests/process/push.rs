@@ -25,15 +25,15 @@ pub(crate) fn noise_file(path: &Path, len: usize, seed: u64) {
 pub(crate) async fn push_small_template(cluster: &Cluster, name: &str) -> String {
     let disk = cluster.dir.path().join(format!("{name}.raw"));
     noise_file(&disk, 300_000, 7);
-    cluster.cli_ok(&[
-        "template",
-        "push",
-        name,
-        "--tag",
-        "v1",
-        "--disk",
-        disk.to_str().unwrap(),
-    ]);
+    // Of another architecture, so that no node here ever runs an instance of it.
+    let disk = disk.to_str().unwrap();
+    let arch = if cfg!(target_arch = "x86_64") {
+        "arm64"
+    } else {
+        "amd64"
+    };
+    let of = ["--tag", "v1", "--disk", disk, "--arch", arch];
+    cluster.cli_ok(&[&["template", "push", name], &of[..]].concat());
     template_id(cluster, name)
         .await
         .expect("a pushed template is listed")

@@ -71,27 +71,37 @@ pub async fn push_file(
     let path = path.to_owned();
     let format = spec.format.clone();
     let source = Arc::new(blocking(move || Source::open(&path, format)).await?);
-    let request_id = uuid::Uuid::new_v4().to_string();
+    let until = Instant::now() + spec.wait;
     let mut said = Vec::new();
+    let mut published = None;
     // Twice around: a member that was away may be back, and it kept what it had.
     for base in registries.iter().chain(registries) {
         let registry = Registry::new(client, base);
-        let published = match push_to(&registry, &source, spec, &request_id, progress).await {
-            Ok(tag) => tag,
-            Err(Failure::Final(error)) => return Err(error),
-            Err(Failure::Member(why)) => {
-                said.push(format!("{base}: {why}"));
-                continue;
+        // A new id for each member: what is committed is that *this* member holds it. Publishing the
+        // same content twice under one name is one tag.
+        let request_id = uuid::Uuid::new_v4().to_string();
+        match push_to(&registry, &source, spec, &request_id, progress).await {
+            Ok(tag) => {
+                let waited = wait_visible(&registry, tag, until).await;
+                let settled = matches!(waited, Waited::Settled(_));
+                published = Some(waited.into_tag());
+                if settled {
+                    break;
+                }
+                said.push(format!("{base}: lost before another member had a copy"));
             }
-        };
-        let tag = wait_visible(client, registries, published, spec.wait).await;
-        return Ok(Published {
-            tag,
-            sent_chunks: source.sent_chunks.load(Ordering::Relaxed),
-            sent_bytes: source.sent_bytes.load(Ordering::Relaxed),
-        });
+            Err(Failure::Final(error)) => return Err(error),
+            Err(Failure::Member(why)) => said.push(format!("{base}: {why}")),
+        }
     }
-    Err(TransferError::Unavailable(said.join("; ")))
+    let Some(tag) = published else {
+        return Err(TransferError::Unavailable(said.join("; ")));
+    };
+    Ok(Published {
+        tag,
+        sent_chunks: source.sent_chunks.load(Ordering::Relaxed),
+        sent_bytes: source.sent_bytes.load(Ordering::Relaxed),
+    })
 }
 
 enum Failure {
@@ -252,33 +262,48 @@ async fn send_names(registry: &Registry, source: &Arc<Source>) -> Result<Id, Fai
     Ok(manifest)
 }
 
-/// Ask whoever answers until it is visible or the time is over; the newest that is known.
-async fn wait_visible(
-    client: &reqwest::Client,
-    registries: &[String],
-    mut tag: TagInfo,
-    wait: Duration,
-) -> TagInfo {
-    let until = Instant::now() + wait;
-    let mut turn = 0;
+/// How the wait for visibility ended.
+enum Waited {
+    /// Visible, or deleted meanwhile, or out of time: the newest that is known.
+    Settled(TagInfo),
+    /// The member that took the push does not answer, and it may be the only one with the bytes.
+    HolderLost(TagInfo),
+}
+
+impl Waited {
+    fn into_tag(self) -> TagInfo {
+        match self {
+            Self::Settled(tag) | Self::HolderLost(tag) => tag,
+        }
+    }
+}
+
+/// Ask the member that took the push until the tag is visible or the time is over. If that member is
+/// lost, the caller still has the bytes and can bring them to another one.
+async fn wait_visible(holder: &Registry, mut tag: TagInfo, until: Instant) -> Waited {
+    let mut pauses = PAUSES_MS.iter();
     while !tag.visible {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             break;
         }
         let step = u32::try_from(left.as_secs().clamp(1, WAIT_STEP_S)).unwrap_or(1);
-        let registry = Registry::new(client, &registries[turn % registries.len()]);
-        match registry.tag(&tag.template_id, tag.number, step).await {
-            Ok(newer) => tag = newer,
+        match holder.tag(&tag.template_id, tag.number, step).await {
+            Ok(newer) => {
+                tag = newer;
+                pauses = PAUSES_MS.iter();
+            }
             // Deleted meanwhile: what was published is all there is to say.
             Err(CallError::Refused(_)) => break,
             Err(_) => {
-                turn += 1;
-                tokio::time::sleep(Duration::from_millis(PAUSES_MS[1])).await;
+                let Some(&pause) = pauses.next() else {
+                    return Waited::HolderLost(tag);
+                };
+                tokio::time::sleep(Duration::from_millis(pause)).await;
             }
         }
     }
-    tag
+    Waited::Settled(tag)
 }
 
 /// The file to push.
