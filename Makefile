@@ -17,7 +17,7 @@ deps:
 demo:
 	deploy/demo.sh
 
-test:
+test: deps
 	cargo test --workspace
 
 torture:

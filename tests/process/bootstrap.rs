@@ -17,7 +17,7 @@ const ORDERS: [[usize; 3]; 6] = [
 /// `MAINSTAY_START_ROUNDS=20` is the long form: every order that often.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_start_order_makes_one_cluster() {
-    let _turn = turn();
+    let _turn = turn().await;
     let mut dice = Dice::new("start order");
     for round in 0..rounds("MAINSTAY_START_ROUNDS", 1) {
         for order in ORDERS {

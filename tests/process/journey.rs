@@ -55,7 +55,7 @@ async fn wait_state(cluster: &Cluster, n: usize, id: &str, state: &str) -> Value
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn push_start_kill_restart_terminate() {
-    let _turn = turn();
+    let _turn = turn().await;
     let disk = guest();
     let mut cluster = Cluster::new(3);
     for n in [1, 2, 0] {

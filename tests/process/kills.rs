@@ -9,7 +9,7 @@ use std::time::Duration;
 /// `MAINSTAY_KILL_CYCLES=200` is the long form.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kill_cycles_lose_nothing() {
-    let _turn = turn();
+    let _turn = turn().await;
     let cycles = rounds("MAINSTAY_KILL_CYCLES", 8);
     let mut dice = Dice::new("kill cycles");
     let mut cluster = Cluster::ready().await;

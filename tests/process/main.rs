@@ -4,6 +4,8 @@
 //!
 //! Longer forms of the same tests: `make torture` (see docs/testing.md).
 
+#![allow(clippy::unwrap_used, clippy::print_stderr)] // a test says what failed by failing
+
 mod bootstrap;
 mod cluster;
 mod journey;
@@ -12,13 +14,13 @@ mod load;
 mod push;
 mod refused;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::{Mutex, MutexGuard};
 
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 /// Held for the length of a test.
-fn turn() -> MutexGuard<'static, ()> {
-    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+async fn turn() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().await
 }
 
 /// How often a randomised test repeats: few times by default, more from the environment.

@@ -112,7 +112,7 @@ fn pull_equals(cluster: &Cluster, n: usize, tag: &str, disk: &Path) {
 /// `MAINSTAY_PUSH_CUTS=20` is the long form.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_interrupted_push_is_resumed_and_never_half_visible() {
-    let _turn = turn();
+    let _turn = turn().await;
     let cuts = rounds("MAINSTAY_PUSH_CUTS", 4);
     let mut dice = Dice::new("interrupted push");
     let mut cluster = Cluster::ready().await;

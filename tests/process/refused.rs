@@ -33,7 +33,7 @@ async fn voters(cluster: &Cluster, n: usize) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_token_is_refused() {
-    let _turn = turn();
+    let _turn = turn().await;
     let mut cluster = Cluster::new(3);
     cluster.start(0);
     cluster.start(1);
@@ -52,7 +52,7 @@ async fn a_wrong_token_is_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wiped_member_is_refused_and_can_be_replaced() {
-    let _turn = turn();
+    let _turn = turn().await;
     let mut cluster = Cluster::ready().await;
     until("three voters", Duration::from_secs(20), || async {
         (voters(&cluster, 0).await == 3).then_some(())
@@ -76,7 +76,7 @@ async fn a_wiped_member_is_refused_and_can_be_replaced() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_clusters_data_directory_is_refused() {
-    let _turn = turn();
+    let _turn = turn().await;
     let mut other = Cluster::new(1);
     other.start(0);
     other.wait_ready(&[0]).await;
