@@ -53,7 +53,7 @@ pub(super) fn answer(app: &App, liveness: &Liveness, ask: &Ask) -> Answer {
         return Answer::default();
     }
     for heard in &ask.told.heard {
-        liveness.hear(heard);
+        liveness.learn(heard);
     }
     Answer {
         leader: true,
@@ -121,7 +121,7 @@ async fn once(
     liveness: &Liveness,
     places: &mut Places,
 ) -> Result<bool, reqwest::Error> {
-    let told = liveness.since(places.ours.0, places.ours.1);
+    let told = liveness.own_since(places.ours.0, places.ours.1);
     let ours = (told.epoch, told.cursor);
     let ask = Ask {
         told,
@@ -136,7 +136,7 @@ async fn once(
     places.ours = ours;
     places.theirs = (answer.told.epoch, answer.told.cursor);
     for heard in &answer.told.heard {
-        liveness.hear(heard);
+        liveness.learn(heard);
     }
     Ok(true)
 }

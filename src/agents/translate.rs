@@ -26,9 +26,9 @@ pub(super) fn heard(report: &wire::Report) -> Heard {
     let pulling = report.observed.iter().filter(|o| o.phase == "pulling");
     Heard {
         node: report.node_id.clone(),
-        age_ms: 0,
         stats: report.stats.clone(),
         progress: pulling.map(|o| (o.id.clone(), o.progress)).collect(),
+        ..Heard::default()
     }
 }
 
