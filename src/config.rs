@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Default port of the REST API.
 pub const API_PORT: u16 = 8090;
@@ -16,6 +17,12 @@ pub const REGISTRY_PORT: u16 = 8089;
 pub const PEER_PORT: u16 = 8091;
 /// Most members in an initial list: more voters only slow every write down.
 pub const MEMBERS_MAX: usize = 9;
+/// Default silence after which a node is unreachable.
+pub const NODE_UNREACHABLE_MS: u64 = 20_000;
+/// Default silence after which a node is lost.
+pub const NODE_LEASE_MS: u64 = 120_000;
+/// Heartbeats come four times as often, and an election takes about a second.
+const NODE_UNREACHABLE_MS_MIN: u64 = 2_000;
 
 /// A mistake in the configuration, as a sentence.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -68,6 +75,13 @@ pub struct ServerArgs {
     /// Host that clients and nodes are told [default: the host of this member's list entry]
     #[arg(long, env = "MAINSTAY_ADVERTISE_HOST")]
     pub advertise_host: Option<String>,
+    /// A node that is silent for so long gets no new instances; the same on each member [default: 20000]
+    #[arg(long, env = "MAINSTAY_NODE_UNREACHABLE_MS", value_name = "MS")]
+    pub node_unreachable_ms: Option<u64>,
+    /// A node that is silent for so long is lost and its instances fail; the same on each member
+    /// [default: 120000]
+    #[arg(long, env = "MAINSTAY_NODE_LEASE_MS", value_name = "MS")]
+    pub node_lease_ms: Option<u64>,
     /// Form of the log on standard error [default: text]
     #[arg(long, value_enum, env = "MAINSTAY_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -105,6 +119,10 @@ pub struct Config {
     pub token: String,
     /// Host that others are told.
     pub advertise_host: String,
+    /// Silence after which a node is unreachable.
+    pub node_unreachable: Duration,
+    /// Silence after which it is lost; longer.
+    pub node_lease: Duration,
     /// Log lines.
     pub log_format: LogFormat,
 }
@@ -138,7 +156,10 @@ impl ServerArgs {
                 "--data-dir is missing: name a directory that this member owns, e.g. --data-dir /var/lib/mainstay",
             );
         };
+        let (node_unreachable, node_lease) = args.node_times()?;
         Ok(Config {
+            node_unreachable,
+            node_lease,
             listen: address("--listen", args.listen.as_deref(), API_PORT)?,
             registry_listen: address(
                 "--registry-listen",
@@ -173,9 +194,30 @@ impl ServerArgs {
             cluster_token: token,
             cluster_token_file: token_file,
             advertise_host: self.advertise_host.or(file.advertise_host),
+            node_unreachable_ms: self.node_unreachable_ms.or(file.node_unreachable_ms),
+            node_lease_ms: self.node_lease_ms.or(file.node_lease_ms),
             log_format: self.log_format.or(file.log_format),
             config: None,
         }
+    }
+
+    fn node_times(&self) -> Result<(Duration, Duration), ConfigError> {
+        let unreachable_ms = self.node_unreachable_ms.unwrap_or(NODE_UNREACHABLE_MS);
+        let lease_ms = self.node_lease_ms.unwrap_or(NODE_LEASE_MS);
+        if unreachable_ms < NODE_UNREACHABLE_MS_MIN {
+            return wrong(format!(
+                "--node-unreachable-ms {unreachable_ms} is too short: a slow moment would look like a dead node; give at least {NODE_UNREACHABLE_MS_MIN}"
+            ));
+        }
+        if lease_ms <= unreachable_ms {
+            return wrong(format!(
+                "--node-lease-ms {lease_ms} must be more than --node-unreachable-ms {unreachable_ms}: a node is unreachable before it is lost"
+            ));
+        }
+        Ok((
+            Duration::from_millis(unreachable_ms),
+            Duration::from_millis(lease_ms),
+        ))
     }
 
     fn token(&self) -> Result<String, ConfigError> {
@@ -400,6 +442,20 @@ mod tests {
         let mut bad = args("c1=http://h:1");
         bad.listen = Some("nowhere:x".into());
         assert!(bad.resolve().unwrap_err().0.contains("--listen"));
+        let times = |unreachable, lease| {
+            let mut args = args("c1=http://h:1");
+            (args.node_unreachable_ms, args.node_lease_ms) = (unreachable, lease);
+            args.resolve().map(|c| (c.node_unreachable, c.node_lease))
+        };
+        let default = (Duration::from_secs(20), Duration::from_secs(120));
+        assert_eq!(times(None, None), Ok(default));
+        assert!(times(Some(100), None).unwrap_err().0.contains("too short"));
+        assert!(
+            times(None, Some(20_000))
+                .unwrap_err()
+                .0
+                .contains("more than")
+        );
     }
 
     #[test]

@@ -323,7 +323,8 @@ impl Member {
             chunks: Arc::new(move || chunks.stats()),
         };
         let liveness = agents::Liveness::new();
-        let peers = MemberHttp::new(port.http.for_cluster(cluster_id), group.clone());
+        let peer_client = port.http.for_cluster(cluster_id);
+        let peers = MemberHttp::new(peer_client.clone(), group.clone());
         let registry = RegistryService::new(
             Arc::new(app.clone()),
             stores.chunks,
@@ -333,15 +334,17 @@ impl Member {
         );
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&registry).replicate());
+        let (unreachable, lease) = (port.config.node_unreachable, port.config.node_lease);
         let nodes = agents::AgentsState::new(
             app.clone(),
             liveness.clone(),
-            agents::AgentsConfig::new(cluster_id),
+            peer_client,
+            agents::AgentsConfig::new(cluster_id, unreachable, lease),
         );
         let reconcilers = reconcile::spawn(
             app.clone(),
             liveness.clone(),
-            reconcile::ReconcileConfig::default(),
+            reconcile::ReconcileConfig::new(unreachable, lease),
         );
         let api = ApiState::new(app, liveness, about);
         Ok(Self {
@@ -355,10 +358,12 @@ impl Member {
     }
 
     fn routers(&self, port: &Arc<PeerPort>) -> Routers {
+        let between_members = registry::transfer_router(Arc::clone(&self.registry))
+            .merge(agents::exchange_router(self.nodes.clone()));
         Routers {
             api: rest::router(self.api.clone()).merge(agents::agents_router(self.nodes.clone())),
             registry: registry::registry_router(Arc::clone(&self.registry)),
-            peer: peer::router(port, registry::transfer_router(Arc::clone(&self.registry))),
+            peer: peer::router(port, between_members),
         }
     }
 

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `POST /agent/v1/register` [`RegisterRequest`] -> [`RegisterResponse`] | join or come back; idempotent by node id |
 //! | `GET /agent/v1/desired?node_id=N` -> stream of [`DesiredSet`], one JSON object per line | first line at once, then one whenever the set changes, and the same again every few seconds as keepalive |
-//! | `POST /agent/v1/report` [`Report`] -> [`ReportResponse`] | heartbeat and observations; on a follower forwarded to the leader |
+//! | `POST /agent/v1/report` [`Report`] -> [`ReportResponse`] | heartbeat and observations; refused by a member without a quorum behind it |
 //!
 //! Images come from the registry port: see [`crate::transfer::api`].
 

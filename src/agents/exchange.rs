@@ -1,15 +1,24 @@
 //! How members tell each other what their agents said. Every follower hands the leader what it heard
 //! since the last time and takes back what the leader heard from all others. Nothing here is durable
 //! and nothing is lost by losing it: the next heartbeat says it again.
+//!
+//! It also says whether this member may speak for the cluster. A leader without a quorum still calls
+//! itself the leader, so nobody is believed for what it is: the leader asks a quorum, a follower a
+//! leader that did.
 
 use super::AgentsConfig;
 use super::liveness::{Gossip, Liveness};
-use crate::app::App;
+use crate::app::{App, AppError, Consistency};
+use crate::peer::PeerClient;
+use mainstay_model::NodeId;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
+
+/// On the peer port: members of the cluster only.
+pub(super) const PATH: &str = "/peer/v1/nodes";
 
 /// What a follower sends.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -27,38 +36,61 @@ pub struct Ask {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Answer {
-    /// `false`: not the leader, nothing was taken.
+    /// `false`: not the leader, or one without a quorum; nothing was taken.
     pub leader: bool,
     /// What the leader heard.
     pub told: Gossip,
 }
 
-/// When the leader was reached last.
-#[derive(Clone, Default)]
-pub struct Exchange {
+/// When a quorum was known to be behind this member; cheap to clone.
+#[derive(Clone)]
+pub(super) struct Exchange {
     reached: Arc<Mutex<Option<Instant>>>,
+    grace: Duration,
 }
 
 impl Exchange {
-    /// May this member answer for the cluster? As leader, or having reached it within `grace`.
-    pub(super) fn fresh(&self, app: &App, grace: Duration) -> bool {
+    /// Not yet. What was reached counts for `grace`.
+    pub(super) fn new(grace: Duration) -> Self {
+        Self {
+            reached: Arc::default(),
+            grace,
+        }
+    }
+
+    /// May this member answer for the cluster?
+    pub(super) fn fresh(&self) -> bool {
         let reached = *self.reached.lock();
-        app.group().status().is_leader() || reached.is_some_and(|at| at.elapsed() <= grace)
+        reached.is_some_and(|at| at.elapsed() <= self.grace)
     }
 }
 
 /// Answer another member.
-pub(super) fn answer(app: &App, liveness: &Liveness, ask: &Ask) -> Answer {
-    if !app.group().status().is_leader() {
-        return Answer::default();
+pub(super) async fn answer(
+    app: &App,
+    liveness: &Liveness,
+    exchange: &Exchange,
+    ask: &Ask,
+) -> Result<Answer, AppError> {
+    if !app.group().status().is_leader() || !exchange.fresh() {
+        return Ok(Answer::default());
     }
-    for heard in &ask.told.heard {
-        liveness.learn(heard);
-    }
-    Answer {
+    learn(app, liveness, &ask.told).await?;
+    Ok(Answer {
         leader: true,
         told: liveness.since(ask.epoch, ask.cursor),
+    })
+}
+
+/// Takes what is told of nodes in the state; of others nothing is kept, whoever names them.
+async fn learn(app: &App, liveness: &Liveness, told: &Gossip) -> Result<(), AppError> {
+    let state = app.read(Consistency::Stale).await?;
+    for heard in &told.heard {
+        if state.nodes.contains_key(&NodeId(heard.node.clone())) {
+            liveness.learn(heard);
+        }
     }
+    Ok(())
 }
 
 /// How far two sequences have been told.
@@ -69,42 +101,24 @@ struct Places {
     theirs: (u64, u64),
 }
 
-/// For ever: while this member is a follower, exchange with the leader.
-pub(super) async fn run(app: App, liveness: Liveness, exchange: Exchange, config: AgentsConfig) {
-    let client = reqwest::Client::builder()
-        .no_proxy()
-        .connect_timeout(config.exchange_grace)
-        .timeout(config.exchange_grace)
-        .build();
-    let client = match client {
-        Ok(client) => client,
-        Err(error) => {
-            tracing::error!(%error, "no HTTP client: nodes' figures stay on the member that heard them");
-            return;
-        }
-    };
+/// For ever: as leader ask a quorum, as follower exchange with the leader.
+pub(super) async fn run(
+    app: App,
+    liveness: Liveness,
+    exchange: Exchange,
+    peers: PeerClient,
+    config: AgentsConfig,
+) {
     let mut places = Places::default();
     loop {
-        let status = app.group().status();
-        let leader = status
-            .leader
-            .filter(|leader| *leader != status.id)
-            .and_then(|leader| Some((leader, status.members.get(&leader)?.member.api_url.clone())));
-        if let Some((leader, url)) = leader {
-            if places.leader != Some(leader) {
-                // A new leader has heard nothing of ours yet.
-                places = Places {
-                    leader: Some(leader),
-                    ..Places::default()
-                };
-            }
-            match once(&client, &url, &liveness, &mut places).await {
-                Ok(true) => *exchange.reached.lock() = Some(Instant::now()),
-                Ok(false) => {}
-                Err(error) => tracing::debug!(%error, leader, "exchange of heartbeats failed"),
-            }
+        // What is confirmed was so at some time after this one.
+        let began = Instant::now();
+        match once(&app, &liveness, &peers, &mut places, config.exchange_grace).await {
+            Ok(true) => *exchange.reached.lock() = Some(began),
+            Ok(false) => {}
+            Err(error) => tracing::debug!(%error, "neither a quorum nor the leader was reached"),
         }
-        // Until the leader was reached for the first time, no report is accepted here: ask soon again.
+        // Until one was reached for the first time, no report is accepted here: ask soon again.
         let known = exchange.reached.lock().is_some();
         let pause = if known {
             config.exchange_every
@@ -115,12 +129,32 @@ pub(super) async fn run(app: App, liveness: Liveness, exchange: Exchange, config
     }
 }
 
+/// Was a quorum reached, or a leader that lately reached one?
 async fn once(
-    client: &reqwest::Client,
-    url: &str,
+    app: &App,
     liveness: &Liveness,
+    peers: &PeerClient,
     places: &mut Places,
-) -> Result<bool, reqwest::Error> {
+    limit: Duration,
+) -> anyhow::Result<bool> {
+    let status = app.group().status();
+    let Some(leader) = status.leader else {
+        return Ok(false);
+    };
+    if leader == status.id {
+        app.group().read_barrier(limit).await?;
+        return Ok(true);
+    }
+    let Some(base) = status.members.get(&leader).map(|m| &m.member.peer_url) else {
+        return Ok(false);
+    };
+    if places.leader != Some(leader) {
+        // A new leader has heard nothing of ours yet.
+        *places = Places {
+            leader: Some(leader),
+            ..Places::default()
+        };
+    }
     let told = liveness.own_since(places.ours.0, places.ours.1);
     let ours = (told.epoch, told.cursor);
     let ask = Ask {
@@ -128,15 +162,12 @@ async fn once(
         epoch: places.theirs.0,
         cursor: places.theirs.1,
     };
-    let call = client.post(format!("{url}/agent/v1/exchange")).json(&ask);
-    let answer: Answer = call.send().await?.error_for_status()?.json().await?;
+    let answer: Answer = peers.ask(base, PATH, &ask, limit).await?;
     if !answer.leader {
         return Ok(false);
     }
     places.ours = ours;
     places.theirs = (answer.told.epoch, answer.told.cursor);
-    for heard in &answer.told.heard {
-        liveness.learn(heard);
-    }
+    learn(app, liveness, &answer.told).await?;
     Ok(true)
 }

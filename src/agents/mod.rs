@@ -8,8 +8,8 @@
 //! * `intake`: reports become commands; `translate`: words of the wire and of the model.
 //!
 //! Whoever receives a report handles it: any member compares it with its own applied state and
-//! proposes what differs. A report is acknowledged only by a member that is, or lately reached, the
-//! leader: an agent on the wrong side of a partition moves on.
+//! proposes what differs. A report is acknowledged only by a member that lately had a quorum behind it
+//! (a follower: through the leader): an agent on the wrong side of a partition moves on.
 
 mod desired;
 pub mod exchange;
@@ -21,12 +21,14 @@ mod translate;
 pub use liveness::Liveness;
 
 use crate::app::{App, AppError, Consistency};
+use crate::peer::PeerClient;
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use exchange::Exchange;
 use intake::Intake;
 use liveness::Heard;
 use mainstay_agent::wire::{RegisterRequest, RegisterResponse, Report, ReportResponse};
@@ -40,6 +42,8 @@ use tokio::task::{AbortHandle, JoinSet};
 
 /// Largest body from an agent: outputs of many scripts in one report.
 const BODY_MAX: usize = 64 << 20;
+/// Largest body from a member: figures of as many nodes as a cluster may have, several times over.
+const EXCHANGE_BODY_MAX: usize = 64 << 20;
 
 /// What agents are told, and how members exchange what they heard.
 #[derive(Clone, Debug)]
@@ -52,19 +56,20 @@ pub struct AgentsConfig {
     pub lease: Duration,
     /// Between two exchanges with the leader.
     pub exchange_every: Duration,
-    /// A follower that has not reached the leader for so long no longer accepts reports.
+    /// A member without a quorum behind it for so long no longer accepts reports.
     pub exchange_grace: Duration,
 }
 
 impl AgentsConfig {
-    /// The defaults for a cluster.
-    pub fn new(cluster_id: &str) -> Self {
+    /// For a cluster that calls a node unreachable after `unreachable` and lost after `lease`. An agent
+    /// whose member is cut off shall be heard elsewhere before the first of the two.
+    pub fn new(cluster_id: &str, unreachable: Duration, lease: Duration) -> Self {
         Self {
             cluster_id: cluster_id.to_owned(),
-            heartbeat: Duration::from_secs(5),
-            lease: Duration::from_secs(120),
-            exchange_every: Duration::from_millis(500),
-            exchange_grace: Duration::from_secs(5),
+            heartbeat: (unreachable / 4).min(Duration::from_secs(5)),
+            lease,
+            exchange_every: (unreachable / 8).min(Duration::from_millis(500)),
+            exchange_grace: (unreachable / 2).min(Duration::from_secs(5)),
         }
     }
 }
@@ -75,7 +80,7 @@ struct Inner {
     config: AgentsConfig,
     streams: Streams,
     intake: Intake,
-    exchange: exchange::Exchange,
+    exchange: Exchange,
     tasks: Vec<AbortHandle>,
 }
 
@@ -94,17 +99,18 @@ pub struct AgentsState {
 }
 
 impl AgentsState {
-    /// Starts the exchange with the leader and the watch over desired sets.
-    pub fn new(app: App, liveness: Liveness, config: AgentsConfig) -> Self {
+    /// Starts the exchange with the leader, through `peers`, and the watch over desired sets.
+    pub fn new(app: App, liveness: Liveness, peers: PeerClient, config: AgentsConfig) -> Self {
         let mut tasks = JoinSet::new();
         let streams = Streams::new();
-        let exchange = exchange::Exchange::default();
+        let exchange = Exchange::new(config.exchange_grace);
         let abort = vec![
             tasks.spawn(streams::watch(app.clone(), streams.clone())),
             tasks.spawn(exchange::run(
                 app.clone(),
                 liveness.clone(),
                 exchange.clone(),
+                peers,
                 config.clone(),
             )),
         ];
@@ -130,8 +136,15 @@ pub fn agents_router(state: AgentsState) -> Router {
         .route("/agent/v1/register", post(register))
         .route("/agent/v1/desired", get(desired_stream))
         .route("/agent/v1/report", post(report))
-        .route("/agent/v1/exchange", post(exchanged))
         .layer(DefaultBodyLimit::max(BODY_MAX))
+        .with_state(state)
+}
+
+/// The members' call, for the peer port.
+pub fn exchange_router(state: AgentsState) -> Router {
+    Router::new()
+        .route(exchange::PATH, post(exchanged))
+        .layer(DefaultBodyLimit::max(EXCHANGE_BODY_MAX))
         .with_state(state)
 }
 
@@ -219,9 +232,12 @@ async fn desired_stream(
         let why = "this node is not known; register first".to_owned();
         return Err(Refused(StatusCode::NOT_FOUND, why));
     }
-    let lines = inner
-        .streams
-        .lines(inner.app.clone(), id, inner.config.heartbeat);
+    let lines = inner.streams.lines(
+        inner.app.clone(),
+        inner.exchange.clone(),
+        id,
+        inner.config.heartbeat,
+    );
     let body = Body::from_stream(lines);
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response())
 }
@@ -232,11 +248,8 @@ async fn report(
 ) -> Result<Json<ReportResponse>, Refused> {
     let call: Report = parse(&body)?;
     let inner = &state.inner;
-    if !inner
-        .exchange
-        .fresh(&inner.app, inner.config.exchange_grace)
-    {
-        let why = "this member does not reach the leader".to_owned();
+    if !inner.exchange.fresh() {
+        let why = "this member does not reach a majority of the members".to_owned();
         return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, why));
     }
     let id = NodeId(call.node_id.clone());
@@ -265,7 +278,8 @@ async fn exchanged(
 ) -> Result<Json<exchange::Answer>, Refused> {
     let call: exchange::Ask = parse(&body)?;
     let inner = &state.inner;
-    Ok(Json(exchange::answer(&inner.app, &inner.liveness, &call)))
+    let answer = exchange::answer(&inner.app, &inner.liveness, &inner.exchange, &call);
+    Ok(Json(answer.await?))
 }
 
 /// API and registry addresses of all members.

@@ -2,6 +2,7 @@
 //! have a stream here, and wakes those whose set changed; ten thousand idle streams cost a look each.
 
 use super::desired::desired_set;
+use super::exchange::Exchange;
 use crate::app::{App, Consistency};
 use axum::body::Bytes;
 use futures::Stream;
@@ -16,9 +17,9 @@ use tokio::time::{Instant, sleep, timeout};
 
 /// The look at all streams takes at most this part of a core.
 const LOOK_SHARE: u32 = 5;
-/// A stream on a member without a leader says nothing new: after so many heartbeats it ends, so that
-/// its agent looks elsewhere.
-const LEADERLESS_BEATS: u32 = 3;
+/// A stream on a member that is cut off from the quorum says nothing new: after so many heartbeats it
+/// ends, so that its agent looks elsewhere.
+const STALE_BEATS: u32 = 3;
 
 type Desks = Arc<Mutex<BTreeMap<NodeId, watch::Sender<u64>>>>;
 
@@ -46,10 +47,11 @@ pub(super) async fn watch(app: App, streams: Streams) {
 
 struct Line {
     app: App,
+    exchange: Exchange,
     id: NodeId,
     generation: watch::Receiver<u64>,
     beat: Duration,
-    led: Instant,
+    fresh: Instant,
     last: Option<(u64, Bytes)>,
 }
 
@@ -62,6 +64,7 @@ impl Streams {
     pub(super) fn lines(
         &self,
         app: App,
+        exchange: Exchange,
         id: NodeId,
         beat: Duration,
     ) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static + use<> {
@@ -72,10 +75,11 @@ impl Streams {
         };
         let line = Line {
             app,
+            exchange,
             id,
             generation,
             beat,
-            led: Instant::now(),
+            fresh: Instant::now(),
             last: None,
         };
         futures::stream::unfold(line, |mut line| async move {
@@ -93,10 +97,9 @@ impl Line {
                 return None;
             }
         }
-        let status = self.app.group().status();
-        if status.leader.is_some() {
-            self.led = Instant::now();
-        } else if self.led.elapsed() > self.beat * LEADERLESS_BEATS {
+        if self.exchange.fresh() {
+            self.fresh = Instant::now();
+        } else if self.fresh.elapsed() > self.beat * STALE_BEATS {
             return None;
         }
         let state = self.app.read(Consistency::Stale).await.ok()?;

@@ -1,11 +1,13 @@
 //! The peer port: what members say to each other. Authentication first, then founding and joining
-//! (JSON), the Raft stream (an HTTP upgrade) and, mounted by the composition, chunk transfer.
+//! (JSON), the Raft stream (an HTTP upgrade) and, mounted by the composition, nodes' heartbeats and
+//! chunk transfer.
 //!
 //! ```text
 //! POST /peer/v1/hello      Hello -> HelloReply            token
 //! POST /peer/v1/founding   FoundingCall -> FoundingReply  token
 //! POST /peer/v1/join       Hello -> JoinReply             token, same cluster
 //! GET  /peer/v1/raft       Upgrade: mainstay-raft         token, same cluster
+//! POST /peer/v1/nodes      (agents::exchange)             token, same cluster
 //! *    (transfer routes)                                  token, same cluster
 //! ```
 

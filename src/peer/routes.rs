@@ -22,14 +22,15 @@ const BODY_MAX: usize = 256 << 10;
 /// Longest wait for the newest membership before a join is judged.
 const BARRIER_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The peer port's routes. `transfer` are those of the chunk transfer, empty while founding.
-pub fn router(port: &Arc<PeerPort>, transfer: Router) -> Router {
+/// The peer port's routes. `others` are those of the chunk transfer and the nodes' heartbeats, empty
+/// while founding.
+pub fn router(port: &Arc<PeerPort>, others: Router) -> Router {
     let members: Router = Router::new()
         .route("/peer/v1/join", post(join))
         .route(dial::RAFT_PATH, get(raft))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .with_state(Arc::clone(port))
-        .merge(transfer)
+        .merge(others)
         .layer(middleware::from_fn_with_state(
             Arc::clone(port),
             auth::same_cluster,

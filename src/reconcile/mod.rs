@@ -34,6 +34,18 @@ pub struct ReconcileConfig {
     pub schedule_every: Duration,
 }
 
+impl ReconcileConfig {
+    /// The defaults with these times for silent nodes.
+    pub fn new(unreachable_after: Duration, lease: Duration) -> Self {
+        Self {
+            unreachable_after,
+            lease,
+            judge_every: (unreachable_after / 10).min(Duration::from_secs(1)),
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for ReconcileConfig {
     fn default() -> Self {
         Self {

@@ -5,3 +5,4 @@ mod api;
 mod api_members;
 mod cluster;
 mod fences;
+mod homes;

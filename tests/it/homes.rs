@@ -1,0 +1,94 @@
+//! Which member an agent may call its home: one with a quorum behind it, whatever it thinks of itself.
+
+use crate::cluster::Cluster;
+use axum::body::Body;
+use http::{Request, StatusCode};
+use http_body_util::BodyExt as _;
+use mainstay::agents::{AgentsConfig, AgentsState, Liveness, agents_router, exchange_router};
+use mainstay::peer::PeerClient;
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+use tower::ServiceExt as _;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Member `n` answers agents and members, with short times.
+fn open(cluster: &mut Cluster, n: usize) {
+    let config = AgentsConfig {
+        heartbeat: Duration::from_millis(50),
+        exchange_every: Duration::from_millis(20),
+        exchange_grace: Duration::from_millis(500),
+        ..AgentsConfig::new("test", Duration::from_secs(20), Duration::from_secs(120))
+    };
+    let member = &mut cluster.members[n];
+    let peers = PeerClient::new("token", member.id).unwrap();
+    let state = AgentsState::new(member.app.clone(), Liveness::new(), peers, config);
+    member.api = agents_router(state.clone()).merge(exchange_router(state));
+}
+
+/// Until node `n1` reports to member `n` with this result.
+async fn reports(cluster: &Cluster, n: usize, wanted: StatusCode) {
+    let begun = Instant::now();
+    loop {
+        let report = json!({"node_id": "n1"});
+        let status = cluster.call(n, "POST", "/agent/v1/report", report).await;
+        if status.status == wanted {
+            return;
+        }
+        assert!(begun.elapsed() < LIMIT, "still {}", status.status);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn exchange(cluster: &Cluster, n: usize, ask: Value) -> Value {
+    let answer = cluster.call(n, "POST", "/peer/v1/nodes", ask).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    answer.json()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_is_cut_off_sends_its_agents_away() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.node().await;
+    let leader = cluster.leader().await;
+    open(&mut cluster, leader);
+    reports(&cluster, leader, StatusCode::OK).await;
+    assert_eq!(exchange(&cluster, leader, json!({})).await["leader"], true);
+    let stream = Request::get("/agent/v1/desired?node_id=n1");
+    let stream = stream.body(Body::empty()).unwrap();
+    let api = cluster.members[leader].api.clone();
+    let mut stream = api.oneshot(stream).await.unwrap().into_body();
+    let first = stream.frame().await.unwrap().unwrap();
+    assert!(!first.into_data().unwrap().is_empty());
+
+    let id = cluster.members[leader].id;
+    cluster.network.isolate(id, &[1, 2, 3], true);
+    reports(&cluster, leader, StatusCode::SERVICE_UNAVAILABLE).await;
+    let deluded = cluster.members[leader].group.status().is_leader();
+    assert!(
+        deluded,
+        "it knows that it leads no more: this proves nothing"
+    );
+    assert_eq!(exchange(&cluster, leader, json!({})).await["leader"], false);
+    let ended = tokio::time::timeout(LIMIT, stream.collect()).await;
+    ended.expect("the stream ends in time").unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_kept_of_nodes_that_nobody_registered() {
+    let mut cluster = Cluster::start(1).await;
+    cluster.node().await;
+    open(&mut cluster, 0);
+    reports(&cluster, 0, StatusCode::OK).await;
+    let heard = |node: &str| json!({"node": node, "home": 5, "beat": 1, "stats": {"vm_count": 9}});
+    let told = json!({"told": {"heard": [heard("n1"), heard("n2")]}});
+    let answer = exchange(&cluster, 0, told).await;
+    let known = answer["told"]["heard"].as_array().unwrap();
+    assert_eq!(known.len(), 1, "{answer}");
+    assert_eq!(
+        (&known[0]["node"], &known[0]["home"]),
+        (&json!("n1"), &json!(5))
+    );
+    cluster.stop().await;
+}
