@@ -25,6 +25,8 @@ pub(crate) struct Cluster {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) members: Vec<Member>,
     pub(crate) token: String,
+    /// Further flags of every server.
+    pub(crate) flags: Vec<&'static str>,
     agents: Vec<(String, Child)>,
     pub(crate) client: reqwest::Client,
 }
@@ -61,6 +63,7 @@ impl Cluster {
             dir,
             members,
             token: "test-token".to_owned(),
+            flags: Vec::new(),
             agents: Vec::new(),
             client,
         }
@@ -108,6 +111,7 @@ impl Cluster {
             .args(["--cluster-token", &self.token])
             .arg("--data-dir")
             .arg(&m.data)
+            .args(&self.flags)
             .stdin(Stdio::null());
         command
     }

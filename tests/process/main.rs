@@ -11,6 +11,7 @@ mod cluster;
 mod journey;
 mod kills;
 mod load;
+mod node_loss;
 mod push;
 mod refused;
 
