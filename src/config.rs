@@ -82,6 +82,10 @@ pub struct ServerArgs {
     /// [default: 120000]
     #[arg(long, env = "MAINSTAY_NODE_LEASE_MS", value_name = "MS")]
     pub node_lease_ms: Option<u64>,
+    /// Answer browsers that show pages of other origins [default: false]
+    #[arg(long, env = "MAINSTAY_ALLOW_CORS", num_args = 0..=1, require_equals = true,
+        default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
+    pub allow_cors: Option<bool>,
     /// Form of the log on standard error [default: text]
     #[arg(long, value_enum, env = "MAINSTAY_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -123,6 +127,8 @@ pub struct Config {
     pub node_unreachable: Duration,
     /// Silence after which it is lost; longer.
     pub node_lease: Duration,
+    /// Answer cross-origin requests of browsers.
+    pub allow_cors: bool,
     /// Log lines.
     pub log_format: LogFormat,
 }
@@ -169,6 +175,7 @@ impl ServerArgs {
             peer_listen: address("--peer-listen", args.peer_listen.as_deref(), port)?,
             token: args.token()?,
             advertise_host: args.advertise_host.clone().unwrap_or(host),
+            allow_cors: args.allow_cors.unwrap_or(false),
             log_format: args.log_format.unwrap_or_default(),
             name,
             data_dir,
@@ -196,6 +203,7 @@ impl ServerArgs {
             advertise_host: self.advertise_host.or(file.advertise_host),
             node_unreachable_ms: self.node_unreachable_ms.or(file.node_unreachable_ms),
             node_lease_ms: self.node_lease_ms.or(file.node_lease_ms),
+            allow_cors: self.allow_cors.or(file.allow_cors),
             log_format: self.log_format.or(file.log_format),
             config: None,
         }
@@ -474,5 +482,22 @@ mod tests {
         assert_eq!(config.listen.port(), 1);
         std::fs::write(&path, "lissten = 1\n").unwrap();
         assert!(from_file.resolve().unwrap_err().0.contains("lissten"));
+    }
+
+    #[test]
+    fn a_switch_needs_no_value() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: ServerArgs,
+        }
+        let cors = |flags: &[&str]| {
+            let words = [&["server"], flags].concat();
+            let line = <Line as clap::Parser>::try_parse_from(words).unwrap();
+            line.args.allow_cors
+        };
+        assert_eq!(cors(&[]), None);
+        assert_eq!(cors(&["--allow-cors", "--name", "c1"]), Some(true));
+        assert_eq!(cors(&["--allow-cors=no"]), Some(false));
     }
 }

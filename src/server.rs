@@ -4,6 +4,7 @@
 //! ```text
 //! bind ports -> lock data directory -> founding (ports answer: not ready) -> open stores -> group
 //!   -> routers behind the ports -> ... SIGTERM: hand over the lead, finish requests, checkpoint, exit 0
+//!                                      (in this order: a request in flight needs the group)
 //!                                  ... the group stops by itself: exit 1 with the reason
 //! ```
 
@@ -36,23 +37,31 @@ use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 /// A clean stop takes no longer than this; what is not done by then is done by the next start.
-const STOP_MAX: Duration = Duration::from_secs(10);
+const STOP_MAX: Duration = Duration::from_secs(15);
 /// Part of it for handing over the lead.
 const HAND_OVER_MAX: Duration = Duration::from_secs(3);
+/// Part of it for the requests in flight: those of clients, and those of other members after them.
+const CLIENTS_MAX: Duration = Duration::from_secs(6);
+const PEERS_MAX: Duration = Duration::from_secs(1);
+/// Part of it for those that wait for the group, whose end answers them.
+const WAITING_MAX: Duration = Duration::from_millis(500);
 
 /// Run one member until it is told to stop (`Ok`) or cannot go on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut stop = Stop::new()?;
     let ports = Ports::bind(&config).await?;
     let port = open(config, &ports)?;
-    let (closing, closed) = watch::channel(false);
-    let doors = Doors::open(ports, &port, &closed);
+    let (doors, open) = Doors::open(ports, &port);
     let cluster_id = tokio::select! {
         founded = founding::found(&port) => founded?,
         () = stop.wanted() => return Ok(()),
     };
     let member = Box::pin(Member::start(&port, &cluster_id)).await?;
-    let guard = tokio::spawn(guard(doors, Arc::clone(&port), member.routers(&port)));
+    let guard = tokio::spawn(guard(
+        doors,
+        Arc::clone(&port),
+        member.routers(&port, &open),
+    ));
     let staying = founding::stay(Arc::clone(&port), member.group.clone(), cluster_id.clone());
     let mut staying = tokio::spawn(staying);
     tracing::info!(cluster = %cluster_id, api = %port.member.api_url, "serving");
@@ -71,7 +80,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     guard.abort();
     if ended.is_ok() {
         tracing::info!("stopping");
-        if tokio::time::timeout(STOP_MAX, member.stop(closing))
+        if tokio::time::timeout(STOP_MAX, member.stop(open))
             .await
             .is_err()
         {
@@ -169,6 +178,40 @@ fn open(config: Config, ports: &Ports) -> anyhow::Result<Arc<PeerPort>> {
     }))
 }
 
+/// Ports that are served until told otherwise.
+struct Serving {
+    stop: watch::Sender<bool>,
+    ports: JoinSet<()>,
+}
+
+impl Serving {
+    fn new() -> Self {
+        Self {
+            stop: watch::Sender::new(false),
+            ports: JoinSet::new(),
+        }
+    }
+
+    fn serve(&mut self, listener: TcpListener, door: &Door, between_members: bool) {
+        let stop = self.stop.subscribe();
+        let port = listen::serve(listener, door.clone(), between_members, stop);
+        self.ports.spawn(port);
+    }
+
+    /// Accept nothing more and wait for what is in flight; `false` if that takes longer.
+    async fn close(&mut self, within: Duration) -> bool {
+        self.stop.send_replace(true);
+        let ended = async { while self.ports.join_next().await.is_some() {} };
+        tokio::time::timeout(within, ended).await.is_ok()
+    }
+}
+
+/// The open ports, by whom they serve: members are still needed while clients are answered.
+struct Open {
+    clients: Serving,
+    peers: Serving,
+}
+
 /// What stands behind the ports.
 struct Doors {
     api: Door,
@@ -178,24 +221,20 @@ struct Doors {
 
 impl Doors {
     /// Open all three: the peer port serves founding at once, the others say why they are not ready.
-    fn open(ports: Ports, port: &Arc<PeerPort>, closed: &watch::Receiver<bool>) -> Self {
+    fn open(ports: Ports, port: &Arc<PeerPort>) -> (Self, Open) {
         let doors = Self {
             api: Door::new(not_ready(port)),
             registry: Door::new(not_ready(port)),
             peer: Door::new(peer::router(port, Router::new())),
         };
-        let serve = |listener, door: &Door, between_members| {
-            tokio::spawn(listen::serve(
-                listener,
-                door.clone(),
-                between_members,
-                closed.clone(),
-            ));
+        let mut open = Open {
+            clients: Serving::new(),
+            peers: Serving::new(),
         };
-        serve(ports.api, &doors.api, false);
-        serve(ports.registry, &doors.registry, false);
-        serve(ports.peer, &doors.peer, true);
-        doors
+        open.clients.serve(ports.api, &doors.api, false);
+        open.clients.serve(ports.registry, &doors.registry, false);
+        open.peers.serve(ports.peer, &doors.peer, true);
+        (doors, open)
     }
 }
 
@@ -317,7 +356,7 @@ impl Member {
             name: port.config.name.clone(),
             version: cli::VERSION.to_owned(),
             registry_address: port.member.registry_url.clone(),
-            allow_cors: false,
+            allow_cors: port.config.allow_cors,
             db_size,
             disk: Arc::new(move || room(&data_dir)),
             chunks: Arc::new(move || chunks.stats()),
@@ -357,18 +396,21 @@ impl Member {
         })
     }
 
-    fn routers(&self, port: &Arc<PeerPort>) -> Routers {
+    fn routers(&self, port: &Arc<PeerPort>, open: &Open) -> Routers {
         let between_members = registry::transfer_router(Arc::clone(&self.registry))
             .merge(agents::exchange_router(self.nodes.clone()));
+        // Agents turn to another member when their streams end.
+        let nodes = agents::agents_router(self.nodes.clone());
+        let nodes = listen::endless(nodes, open.clients.stop.subscribe());
         Routers {
-            api: rest::router(self.api.clone()).merge(agents::agents_router(self.nodes.clone())),
+            api: rest::router(self.api.clone()).merge(nodes),
             registry: registry::registry_router(Arc::clone(&self.registry)),
             peer: peer::router(port, between_members),
         }
     }
 
     /// Hand over the lead while everything still works, finish requests, checkpoint.
-    async fn stop(self, closing: watch::Sender<bool>) {
+    async fn stop(self, mut open: Open) {
         if self.group.status().is_leader() && self.group.status().members.len() > 1 {
             let handed = self.group.transfer_leader(None);
             match tokio::time::timeout(HAND_OVER_MAX, handed).await {
@@ -377,10 +419,16 @@ impl Member {
                 Err(_) => tracing::warn!("nobody took the lead in time"),
             }
         }
-        closing.send_replace(true);
         self.reconcilers.abort();
         drop(self.tasks);
+        let answered = open.clients.close(CLIENTS_MAX).await;
+        if !open.peers.close(PEERS_MAX).await {
+            tracing::debug!("a member's request was cut off");
+        }
         self.group.shutdown().await;
+        if !answered && !open.clients.close(WAITING_MAX).await {
+            tracing::warn!("requests in flight were cut off");
+        }
     }
 }
 

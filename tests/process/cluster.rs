@@ -145,6 +145,27 @@ impl Cluster {
         child.wait().unwrap();
     }
 
+    /// SIGTERM, as a service manager stops it: the member ends by itself, cleanly, within a bound.
+    pub(crate) async fn stop(&mut self, n: usize) {
+        let mut child = self.members[n].child.take().expect("the member runs");
+        let pid = child.id().to_string();
+        let told = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+        assert!(told.success());
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                assert!(status.success(), "a clean stop ended with {status}");
+                return;
+            }
+            if begin.elapsed() > Duration::from_secs(20) {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("member {n} did not stop when told to");
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Has the process of member `n` ended by itself?
     pub(crate) fn exited(&mut self, n: usize) -> Option<std::process::ExitStatus> {
         self.members[n]

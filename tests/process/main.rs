@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr)] // a test says what failed by failing
 
 mod bootstrap;
+mod clean_stop;
 mod cluster;
 mod journey;
 mod kills;
