@@ -16,6 +16,10 @@ impl RegistryService {
     pub(super) async fn fetch(&self, ids: &[Id], sources: &[MemberId]) -> (Vec<Id>, Vec<String>) {
         let mut rest: Vec<Id> = self.lacking(ids);
         let mut said = Vec::new();
+        if let Err(why) = self.room() {
+            said.push(why);
+            return (rest, said);
+        }
         for &source in sources {
             if rest.is_empty() {
                 break;

@@ -37,8 +37,12 @@ use std::sync::Arc;
 use tokio::sync::{Notify, Semaphore};
 use tower::util::MapRequest;
 
-/// Requests that write chunks at once: each holds up to 16 MiB.
+/// Bodies of chunks that are read at once: each holds up to 16 MiB, a usual one half of it.
+const READERS_MAX: usize = 32;
+/// Batches that are verified and written at once; a slow body takes none of these places.
 const WRITERS_MAX: usize = 12;
+/// Manifests that are walked at once.
+const WALKS_MAX: usize = 2;
 /// Fetches from other members on behalf of pulling clients at once.
 const READ_THROUGH_MAX: usize = 8;
 
@@ -54,6 +58,8 @@ pub trait PeerHttp: Send + Sync + 'static {
     ) -> Option<reqwest::RequestBuilder>;
 }
 
+type Space = dyn Fn(&ChunkStore) -> mainstay_storage::Result<(u64, u64)> + Send + Sync;
+
 /// One member's registry.
 pub struct RegistryService {
     catalog: Arc<dyn Catalog>,
@@ -61,8 +67,12 @@ pub struct RegistryService {
     member: MemberId,
     peers: Arc<dyn PeerHttp>,
     version: String,
+    readers: Semaphore,
     writers: Semaphore,
+    walks: Semaphore,
     read_through: Semaphore,
+    /// Free and total bytes of the disk.
+    space: Box<Space>,
     progress: replicas::ProgressMap,
     /// A stored chunk turned out damaged: what we say we hold must be checked again.
     damage: Notify,
@@ -83,7 +93,10 @@ impl RegistryService {
             member,
             peers,
             version,
+            readers: Semaphore::new(READERS_MAX),
             writers: Semaphore::new(WRITERS_MAX),
+            walks: Semaphore::new(WALKS_MAX),
+            space: Box::new(ChunkStore::disk),
             read_through: Semaphore::new(READ_THROUGH_MAX),
             progress: replicas::ProgressMap::default(),
             damage: Notify::new(),

@@ -3,7 +3,7 @@
 
 use super::RegistryService;
 use super::answer::{self, Answer, Params, Refused, bad, fail, ok};
-use super::walk::{self, Reach, WalkError};
+use super::walk::{Reach, WalkError};
 use crate::app::{AppError, Consistency};
 use crate::stamp;
 use axum::extract::{Request, State};
@@ -156,21 +156,19 @@ impl RegistryService {
 
     /// The manifest, if this member holds everything it reaches.
     async fn whole(&self, digest: [u8; 32]) -> Result<Manifest, Refused> {
-        let chunks = self.chunks.clone();
-        let walked = tokio::task::spawn_blocking(move || walk::reach(&chunks, &digest)).await;
+        let walked = self.walk(digest).await;
         let lacking = |count: usize| {
             let text = format!("this member lacks {count} chunks of it: send them first");
             fail(StatusCode::CONFLICT, text)
         };
         match walked {
-            Ok(Ok(Reach::Known(known))) if known.lacking.is_empty() => Ok(known.manifest),
-            Ok(Ok(Reach::Known(known))) => Err(lacking(known.lacking.len())),
-            Ok(Ok(Reach::Names(names))) => Err(lacking(names.len())),
-            Ok(Err(WalkError::Invalid(e))) => Err(bad(e.to_string())),
-            Ok(Err(WalkError::Storage(e))) => {
+            Ok(Reach::Known(known)) if known.lacking.is_empty() => Ok(known.manifest),
+            Ok(Reach::Known(known)) => Err(lacking(known.lacking.len())),
+            Ok(Reach::Names(names)) => Err(lacking(names.len())),
+            Err(WalkError::Invalid(e)) => Err(bad(e.to_string())),
+            Err(WalkError::Storage(e)) => {
                 Err(fail(StatusCode::INSUFFICIENT_STORAGE, answer::chain(&e)))
             }
-            Err(e) => Err(fail(StatusCode::SERVICE_UNAVAILABLE, e.to_string())),
         }
     }
 

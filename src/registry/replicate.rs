@@ -7,7 +7,7 @@
 //! ```
 
 use super::replicas::{Key, Progress};
-use super::walk::{self, Reach, WalkError};
+use super::walk::{Reach, WalkError};
 use super::{RegistryService, answer};
 use crate::app::{AppError, Consistency};
 use crate::stamp;
@@ -113,7 +113,7 @@ async fn check_claims(service: &Arc<RegistryService>, todo: &Todo, checked: &mut
         if checked.contains(key) {
             continue;
         }
-        let reached = service.reach(key.manifest.0).await;
+        let reached = service.walk(key.manifest.0).await;
         let held = match reached {
             Ok(Reach::Known(known)) => known.lacking.is_empty(),
             Ok(Reach::Names(_)) | Err(WalkError::Invalid(_)) => false,
@@ -196,7 +196,7 @@ async fn copy(
     // Manifest, segments, chunks, and once more if a chunk turned out damaged.
     for turn in 0..5 {
         let known = match service
-            .reach(key.manifest.0)
+            .walk(key.manifest.0)
             .await
             .map_err(|e| answer::chain(&e))?
         {
@@ -266,17 +266,5 @@ async fn report(service: &RegistryService, key: &Key, held: bool) -> Result<(), 
             Ok(())
         }
         Err(e) => Err(answer::chain(&e)),
-    }
-}
-
-impl RegistryService {
-    async fn reach(&self, digest: Id) -> Result<Reach, WalkError> {
-        let chunks = self.chunks.clone();
-        match tokio::task::spawn_blocking(move || walk::reach(&chunks, &digest)).await {
-            Ok(reached) => reached,
-            Err(e) => Err(WalkError::Storage(mainstay_storage::StorageError::Stopped(
-                e.to_string(),
-            ))),
-        }
     }
 }

@@ -16,6 +16,7 @@ use mainstay_storage::chunks::{ChunkId, Codec, Record};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 /// Stored bytes that are verified and written together.
 const BATCH_BYTES: usize = 16 << 20;
@@ -25,6 +26,8 @@ const BATCH_RECORDS: usize = 1024;
 const SEND_CHUNKS: usize = 64;
 /// A client that sends nothing for so long has gone.
 const IDLE_MAX: Duration = Duration::from_secs(60);
+/// A batch must arrive within this: a slow body holds its place no longer.
+const BATCH_MAX: Duration = Duration::from_secs(60);
 /// Below this (or 2% of a small disk) no chunk is taken: the log needs room more than we do.
 const FREE_MIN: u64 = 1 << 30;
 
@@ -64,19 +67,20 @@ pub(super) async fn receive(
 
 impl RegistryService {
     async fn receive_all(&self, body: Body) -> Result<PutAnswer, Refused> {
-        self.check_room()?;
-        let _turn = self.writers.acquire().await.map_err(|_| stopping())?;
+        self.room().map_err(full)?;
+        let _turn = self.readers.acquire().await.map_err(|_| stopping())?;
         let mut stream = body.into_data_stream();
         let mut unframer = Unframer::default();
         let mut batch = Vec::new();
         let mut bytes = 0;
         let mut total = PutAnswer::default();
+        let mut due = Instant::now() + BATCH_MAX;
         loop {
-            let piece = match tokio::time::timeout(IDLE_MAX, stream.next()).await {
+            let piece = match tokio::time::timeout_at(due, stream.next()).await {
                 Ok(Some(Ok(piece))) => piece,
                 Ok(Some(Err(e))) => return Err(bad(format!("the body was cut off: {e}"))),
                 Ok(None) => break,
-                Err(_) => return Err(fail(StatusCode::REQUEST_TIMEOUT, "the body stalled")),
+                Err(_) => return Err(fail(StatusCode::REQUEST_TIMEOUT, "the body is too slow")),
             };
             unframer.push(&piece);
             while let Some(record) = unframer.next_record().map_err(|e| bad(e.to_string()))? {
@@ -85,6 +89,7 @@ impl RegistryService {
                 if bytes >= BATCH_BYTES || batch.len() >= BATCH_RECORDS {
                     self.store(std::mem::take(&mut batch), &mut total).await?;
                     bytes = 0;
+                    due = Instant::now() + BATCH_MAX;
                 }
             }
         }
@@ -94,6 +99,9 @@ impl RegistryService {
     }
 
     async fn store(&self, batch: Vec<Record>, total: &mut PutAnswer) -> Result<(), Refused> {
+        // Each time: a body has no end that would be known, and others write as well.
+        self.room().map_err(full)?;
+        let _turn = self.writers.acquire().await.map_err(|_| stopping())?;
         let chunks = self.chunks.clone();
         let put = tokio::task::spawn_blocking(move || chunks.put(batch)).await;
         match put {
@@ -114,18 +122,20 @@ impl RegistryService {
         }
     }
 
-    fn check_room(&self) -> Result<(), Refused> {
-        let (free, total) = match self.chunks.disk() {
-            Ok(figures) => figures,
-            Err(e) => return Err(fail(StatusCode::INSUFFICIENT_STORAGE, answer::chain(&e))),
-        };
+    /// May a batch be stored? Asked before each: the log on the same disk must never find it full.
+    pub(super) fn room(&self) -> Result<(), String> {
+        let (free, total) = (self.space)(&self.chunks).map_err(|e| answer::chain(&e))?;
         if free >= FREE_MIN.min(total / 50) {
             return Ok(());
         }
-        let text =
-            format!("only {free} bytes are free on this member: push to another or make room");
-        Err(fail(StatusCode::INSUFFICIENT_STORAGE, text))
+        Err(format!(
+            "only {free} bytes are free on this member: push to another or make room"
+        ))
     }
+}
+
+fn full(why: String) -> Refused {
+    fail(StatusCode::INSUFFICIENT_STORAGE, why)
 }
 
 fn stopping() -> Refused {

@@ -1,8 +1,10 @@
 //! What a manifest reaches, and what of it is lacking in a store. Nothing that a manifest or a
-//! segment claims is believed. Blocks.
+//! segment claims is believed: a manifest of a few megabytes may name terabytes, so each segment is
+//! read once however often it is named, and few walks go on at once. Blocks.
 
 use mainstay_agent::transfer::{
-    Id, Manifest, TransferError, ZERO_CHUNK, check_segment, chunk_len_at, segment_ids,
+    CHUNK_LEN, Id, Manifest, SEGMENT_CHUNKS, TransferError, ZERO_CHUNK, check_segment,
+    chunk_len_at, segment_ids,
 };
 use mainstay_storage::StorageError;
 use mainstay_storage::chunks::{ChunkId, ChunkStore};
@@ -39,14 +41,30 @@ pub(super) enum WalkError {
     Storage(#[from] StorageError),
 }
 
+impl super::RegistryService {
+    /// Look at everything `digest` reaches.
+    pub(super) async fn walk(&self, digest: Id) -> Result<Reach, WalkError> {
+        let stopped = |e: String| WalkError::Storage(StorageError::Stopped(e));
+        let turn = self.walks.acquire().await;
+        let _turn = turn.map_err(|e| stopped(e.to_string()))?;
+        let chunks = self.chunks.clone();
+        match tokio::task::spawn_blocking(move || reach(&chunks, &digest)).await {
+            Ok(reached) => reached,
+            Err(e) => Err(stopped(e.to_string())),
+        }
+    }
+}
+
 /// Look at everything `digest` reaches.
-pub(super) fn reach(chunks: &ChunkStore, digest: &Id) -> Result<Reach, WalkError> {
+fn reach(chunks: &ChunkStore, digest: &Id) -> Result<Reach, WalkError> {
     let Some(bytes) = get(chunks, digest)? else {
         return Ok(Reach::Names(vec![*digest]));
     };
     let manifest = Manifest::parse(&bytes)?;
     let mut absent = HashSet::new();
     let mut seen = HashSet::new();
+    // Segments all of whose chunks were looked at as whole ones.
+    let mut walked = HashSet::new();
     let mut known = Known {
         lacking: Vec::new(),
         held_bytes: 0,
@@ -54,16 +72,23 @@ pub(super) fn reach(chunks: &ChunkStore, digest: &Id) -> Result<Reach, WalkError
         manifest,
     };
     for file in &known.manifest.files {
-        let mut number = 0;
         for (at, segment) in file.segment_digests()?.iter().enumerate() {
+            let first = at as u64 * SEGMENT_CHUNKS as u64;
+            // Only a file's last chunk is shorter than the others.
+            let whole = (first + SEGMENT_CHUNKS as u64) * CHUNK_LEN <= file.size;
+            if absent.contains(segment) || (whole && walked.contains(segment)) {
+                continue;
+            }
             let Some(bytes) = get(chunks, segment)? else {
                 absent.insert(*segment);
                 continue;
             };
             check_segment(file, at, &bytes)?;
-            for id in segment_ids(&bytes) {
+            if whole {
+                walked.insert(*segment);
+            }
+            for (number, id) in (first..).zip(segment_ids(&bytes)) {
                 let len = chunk_len_at(file.size, number);
-                number += 1;
                 if id == ZERO_CHUNK || !absent.is_empty() {
                     continue;
                 }
@@ -107,5 +132,55 @@ pub(super) fn get(chunks: &ChunkStore, id: &Id) -> Result<Option<bytes::Bytes>, 
             Ok(None)
         }
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mainstay_storage::chunks::{Codec, Record};
+
+    fn put(chunks: &ChunkStore, bytes: Vec<u8>) -> Id {
+        let id = *blake3::hash(&bytes).as_bytes();
+        let record = Record {
+            id: ChunkId(id),
+            codec: Codec::Raw,
+            raw_len: u32::try_from(bytes.len()).unwrap(),
+            data: bytes.into(),
+        };
+        chunks.put(vec![record]).unwrap();
+        id
+    }
+
+    #[test]
+    fn a_segment_named_many_times_is_counted_once_and_its_last_place_is_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let chunks = ChunkStore::open(dir.path()).unwrap();
+        let chunk_len = usize::try_from(CHUNK_LEN).unwrap();
+        let held = put(&chunks, vec![1; chunk_len]);
+        let absent = [9; 32];
+        let mut names = vec![held; SEGMENT_CHUNKS - 1];
+        names.push(absent);
+        let segment = put(&chunks, names.concat());
+        let look = |size: u64| {
+            let manifest = serde_json::json!({"version": 1, "files": [{
+                "name": "d", "format": "raw", "size": size,
+                "segments": vec![hex::encode(segment); 1000],
+            }]});
+            reach(&chunks, &put(&chunks, manifest.to_string().into_bytes()))
+        };
+        let full = 1000 * SEGMENT_CHUNKS as u64 * CHUNK_LEN;
+        let Reach::Known(known) = look(full).unwrap() else {
+            panic!("all names are there");
+        };
+        assert_eq!(known.lacking, [absent]);
+        assert_eq!(
+            (known.held_bytes, known.total_bytes),
+            (CHUNK_LEN, 2 * CHUNK_LEN)
+        );
+        // A file that ends inside the last of them: walked again, with its own lengths.
+        assert!(matches!(look(full - 1), Ok(Reach::Known(_))));
+        let short = full - CHUNK_LEN - 1;
+        assert!(matches!(look(short), Err(WalkError::Invalid(_))));
     }
 }

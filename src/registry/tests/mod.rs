@@ -14,7 +14,7 @@ use mainstay_agent::transfer::{Published, PushSpec, TransferError, pull_file, pu
 use mainstay_model::{Command, CommandId, Envelope, Outcome, State};
 use mainstay_raft::{Member, MemberStatus, Role, Status};
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,6 +28,8 @@ struct Shared {
     state: Mutex<State>,
     status: watch::Sender<Status>,
     urls: Mutex<BTreeMap<MemberId, String>>,
+    /// Members whose disk is full.
+    full: Mutex<BTreeSet<u64>>,
 }
 
 struct Fake(Arc<Shared>);
@@ -122,6 +124,7 @@ impl Cluster {
             state: Mutex::default(),
             status,
             urls: Mutex::default(),
+            full: Mutex::default(),
         };
         Self {
             shared: Arc::new(shared),
@@ -141,8 +144,15 @@ impl Cluster {
             shared: Arc::clone(&self.shared),
             client: client(),
         });
-        let service =
+        let mut service =
             RegistryService::new(catalog, chunks, MemberId(id), peers, "1.0-test".to_owned());
+        let shared = Arc::clone(&self.shared);
+        Arc::get_mut(&mut service).unwrap().space = Box::new(move |chunks| {
+            if shared.full.lock().contains(&id) {
+                return Ok((1 << 20, 1 << 40));
+            }
+            chunks.disk()
+        });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let router = registry_router(Arc::clone(&service));

@@ -1,6 +1,7 @@
 //! Replication: every member ends with every tag, whatever happens to disks and members meanwhile.
 
 use super::*;
+use mainstay_agent::transfer::WireRecord;
 use mainstay_agent::transfer::api::{Answer, REPLICAS, Replica};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -148,4 +149,32 @@ async fn no_bytes_anywhere_is_told_and_a_deleted_tag_is_left_alone() {
         .await
         .unwrap();
     eventually("forgotten", || other.service.progress.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_without_room_takes_nothing_until_it_has_some() {
+    let cluster = Cluster::new(3);
+    cluster.shared.full.lock().insert(3);
+    let members = cluster.serve_all().await;
+    let image = cluster.file("image");
+    std::fs::write(&image, noise(7, 2 << 20)).unwrap();
+    let spec = spec("t", "v1", Durability::Majority);
+    let record = WireRecord {
+        id: [0; 32],
+        codec: 0,
+        raw_len: 0,
+        data: Vec::new().into(),
+    };
+    let refused = client()
+        .put(format!("{}{}", members[2].url, api::CHUNKS))
+        .body(WireRecord::frame_all(&[record]))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(refused.status(), 507);
+    push(&[&members[0].url], &image, &spec).await.unwrap();
+    eventually("two hold it", || cluster.holders("t") == 2).await;
+    assert_eq!(members[2].service.chunks().stats().chunks, 0);
+    cluster.shared.full.lock().clear();
+    eventually("the third as well", || cluster.holders("t") == 3).await;
 }
