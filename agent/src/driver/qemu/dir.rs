@@ -123,6 +123,11 @@ impl VmDir {
         read(&self.file("run.json"))
     }
 
+    /// Are the files there and nonsense? Not so where the disk or the system cannot say.
+    pub(super) fn garbled(&self) -> bool {
+        garbled::<Spec>(&self.file("spec.json")) || garbled::<Run>(&self.file("run.json"))
+    }
+
     pub(super) fn set_run(&self, run: &Run) -> Result<(), DriverError> {
         write(&self.file("run.json"), run).map_err(|e| self.error("keep the state", &e))
     }
@@ -241,6 +246,10 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, DriverError> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(broken(&e)),
     }
+}
+
+fn garbled<T: DeserializeOwned>(path: &Path) -> bool {
+    std::fs::read(path).is_ok_and(|bytes| serde_json::from_slice::<T>(&bytes).is_err())
 }
 
 /// Whole or not at all.

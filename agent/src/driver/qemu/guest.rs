@@ -3,7 +3,7 @@
 
 use super::super::{DriverError, OUTPUT_KEPT, now_ms};
 use super::qga::{self, Qga, QgaError};
-use super::{QemuDriver, Vm, lifecycle, process};
+use super::{QemuDriver, Vm, lifecycle};
 use crate::wire::{Script, ScriptResult, VmFacts};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -95,7 +95,8 @@ impl QemuDriver {
 
     /// Running, or the reason why not.
     async fn check_lives(&self, vm: &Arc<Vm>) -> Result<(), DriverError> {
-        if process::find(&vm.dir.pidfile()).is_some() {
+        // Where the system cannot say, it is not dead: whoever waits for it has a bound.
+        if !matches!(vm.process(), Ok(None)) {
             if let Some(qmp) = vm.qmp.lock().await.clone()
                 && let Ok(status) = qmp.status().await
                 && matches!(

@@ -63,7 +63,7 @@ impl QemuDriver {
             Ok(Ok(ended)) => Err(tools::complaint("QEMU", &ended.stderr)),
             Ok(Err(e)) => Err(DriverError::Busy(format!("QEMU: {e}"))),
             Err(_) => {
-                if let Some(pid) = process::find(&vm.dir.pidfile()) {
+                if let Ok(Some(pid)) = process::find(&vm.dir.pidfile()) {
                     process::kill(pid, &vm.dir.pidfile()).await;
                 }
                 Err(DriverError::Busy("QEMU does not finish starting".into()))

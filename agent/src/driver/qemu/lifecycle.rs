@@ -16,6 +16,17 @@ const QUIT_MAX: Duration = Duration::from_secs(5);
 /// A guest that does not listen yet has missed the request: ask again.
 const ASK_EVERY: Duration = Duration::from_secs(5);
 
+impl Vm {
+    /// Its living process. Busy where the system cannot say: no verdict may be built on that.
+    pub(super) fn process(&self) -> Result<Option<Pid>, DriverError> {
+        process::find(&self.dir.pidfile()).map_err(|e| unsure(&self.dir.id, &e))
+    }
+}
+
+fn unsure(id: &str, e: &std::io::Error) -> DriverError {
+    DriverError::Busy(format!("cannot tell whether VM {id} runs: {e}"))
+}
+
 impl QemuDriver {
     pub(super) async fn start_locked(
         &self,
@@ -25,7 +36,7 @@ impl QemuDriver {
         let spec = match vm.dir.spec()? {
             Some(spec) => {
                 let run = vm.dir.run()?;
-                let pid = process::find(&vm.dir.pidfile());
+                let pid = vm.process()?;
                 if let Some(seen) = self.look(vm, &spec, run, pid).await? {
                     return Ok(seen.facts);
                 }
@@ -61,7 +72,7 @@ impl QemuDriver {
             return Ok(None);
         };
         // In this order: a process that ends after the look at it leaves its last state to be seen.
-        let pid = process::find(&vm.dir.pidfile());
+        let pid = vm.process()?;
         let run = vm.dir.run()?;
         if run.is_none() {
             // Being started now, or its start was interrupted. In the latter case either QEMU came
@@ -69,10 +80,12 @@ impl QemuDriver {
             let Ok(_lock) = vm.lifecycle.try_lock() else {
                 return Ok(None);
             };
-            let pid = process::find(&vm.dir.pidfile());
+            let pid = vm.process()?;
             let seen = self.look(vm, &spec, vm.dir.run()?, pid).await?;
-            if seen.is_none() {
-                self.remove(vm).await?;
+            if seen.is_none()
+                && let Err(e) = self.remove(vm).await
+            {
+                return Ok(Some(unreadable(vm.dir.id.clone(), &e)));
             }
             return Ok(seen);
         }
@@ -120,7 +133,7 @@ impl QemuDriver {
             Ok("paused") => ("suspended", "the VM is paused".into()),
             // `internal-error` is how a guest dies inside KVM; QEMU goes on without it.
             Ok(other) => ("failed", format!("QEMU has stopped the VM: {other}")),
-            Err(_) if process::find(&vm.dir.pidfile()).is_none() => self.status_of_ended(vm).await,
+            Err(_) if matches!(vm.process(), Ok(None)) => self.status_of_ended(vm).await,
             // Busy is not dead: judging it is for whoever sees this for long.
             Err(e) => ("running", e.clone()),
         }
@@ -147,7 +160,7 @@ impl QemuDriver {
 
     /// Ask, then force.
     pub(super) async fn stop_locked(&self, vm: &Arc<Vm>) -> Result<(), DriverError> {
-        let Some(pid) = process::find(&vm.dir.pidfile()) else {
+        let Some(pid) = vm.process()? else {
             return Ok(());
         };
         let deadline = Instant::now() + self.config.stop_max;
@@ -177,7 +190,7 @@ impl QemuDriver {
     /// End QEMU, whatever the guest thinks of it.
     async fn force(&self, vm: &Arc<Vm>) -> Result<(), DriverError> {
         let pidfile = vm.dir.pidfile();
-        let Some(pid) = process::find(&pidfile) else {
+        let Some(pid) = vm.process()? else {
             return Ok(());
         };
         if let Ok(qmp) = self.qmp(vm).await
@@ -206,7 +219,8 @@ impl QemuDriver {
         self.force(vm).await?;
         vm.dir.bury()?;
         // A QEMU whose start was interrupted may have written its pid file since: it can't any more.
-        if let Some(pid) = process::find_as(&vm.dir.buried_pidfile(), &vm.dir.pidfile())
+        let late = process::find_as(&vm.dir.buried_pidfile(), &vm.dir.pidfile());
+        if let Some(pid) = late.map_err(|e| unsure(&vm.dir.id, &e))?
             && !process::kill(pid, &vm.dir.pidfile()).await
         {
             return Err(DriverError::Busy(format!(
@@ -230,7 +244,7 @@ fn seen(spec: &Spec, run: &Run, status: &str, message: String) -> VmSeen {
     }
 }
 
-/// A VM whose folder cannot be read: shown, so that it can be deleted and hides no other.
+/// A VM whose folder makes no sense: shown, so that it can be deleted and hides no other.
 pub(super) fn unreadable(id: String, why: &DriverError) -> VmSeen {
     tracing::error!(vm = %id, error = %why, "the vm's folder cannot be read");
     let facts = VmFacts {

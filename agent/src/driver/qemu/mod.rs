@@ -30,7 +30,7 @@ use crate::wire::{Script, ScriptResult, VmFacts};
 use accel::{Accel, Acceleration};
 use async_trait::async_trait;
 use dir::VmDir;
-use futures::StreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
@@ -138,6 +138,28 @@ impl QemuDriver {
         Ok(vm.clone())
     }
 
+    /// Remove what an interrupted making or removal left.
+    async fn sweep(&self, id: &str) -> Result<(), DriverError> {
+        let vm = self.vm(id)?;
+        // Locked: someone is at work on it, and it is no leftover. Whole: it was made since the look
+        // at the folder.
+        if let Ok(_lock) = vm.lifecycle.try_lock()
+            && !vm.dir.exists()
+            && let Err(e) = self.remove(&vm).await
+        {
+            tracing::warn!(vm = %id, error = %e, "a leftover cannot be removed");
+        }
+        Ok(())
+    }
+
+    async fn listed(&self, id: String) -> Result<Option<VmSeen>, DriverError> {
+        let vm = self.vm(&id)?;
+        match self.seen(&vm).await {
+            Err(e) if vm.dir.garbled() => Ok(Some(lifecycle::unreadable(id, &e))),
+            seen => seen,
+        }
+    }
+
     /// Drop the connections of a VM that is gone, unless someone is at work on it.
     fn forget(&self, id: &str) {
         let mut vms = self.vms.lock();
@@ -157,23 +179,15 @@ impl Driver for QemuDriver {
     async fn list(&self) -> Result<Vec<VmSeen>, DriverError> {
         let found = dir::scan(&self.config.dir)?;
         for id in &found.leftovers {
-            let vm = self.vm(id)?;
-            // Locked: someone is at work on it, and it is no leftover.
-            if let Ok(_lock) = vm.lifecycle.try_lock()
-                && let Err(e) = self.remove(&vm).await
-            {
-                tracing::warn!(vm = %id, error = %e, "a leftover cannot be removed");
-            }
+            self.sweep(id).await?;
         }
+        // The first that cannot be looked at ends it: no verdict is better than a wrong one.
         let mut seen: Vec<VmSeen> = futures::stream::iter(found.ids)
-            .map(|id| async move {
-                let seen = async { self.seen(&self.vm(&id)?).await }.await;
-                seen.unwrap_or_else(|e| Some(lifecycle::unreadable(id, &e)))
-            })
+            .map(|id| self.listed(id))
             .buffer_unordered(LIST_PARALLEL)
-            .filter_map(std::future::ready)
-            .collect()
-            .await;
+            .try_filter_map(async |seen| Ok(seen))
+            .try_collect()
+            .await?;
         seen.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(seen)
     }
@@ -222,5 +236,26 @@ impl Driver for QemuDriver {
             self.forget(id);
         }
         done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_vm_made_since_the_look_is_no_leftover() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = QemuConfig::new(dir.path());
+        config.accel = Accel::Tcg;
+        let driver = QemuDriver::open(config).await.unwrap();
+        let vms = dir.path().join("vms");
+        // The look saw `.vm.new`; before it was swept the VM became whole.
+        std::fs::create_dir(vms.join("vm")).unwrap();
+        driver.sweep("vm").await.unwrap();
+        assert!(vms.join("vm").is_dir());
+        std::fs::create_dir(vms.join(".other.new")).unwrap();
+        driver.sweep("other").await.unwrap();
+        assert!(!vms.join(".other.new").exists());
     }
 }
