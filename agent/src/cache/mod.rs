@@ -185,7 +185,9 @@ impl Shared {
             .filter(|(other, _)| *other != digest)
             .map(|(_, listed)| listed.still_to_write.load(Ordering::Relaxed))
             .sum();
-        let mut keep: BTreeSet<String> = self.pins.lock().keys().cloned().collect();
+        // Held until the victims are off the shelf: who pins one later finds none and pulls it anew.
+        let pins = self.pins.lock();
+        let mut keep: BTreeSet<String> = pins.keys().cloned().collect();
         keep.extend(flights.keys().cloned());
         keep.insert(digest.to_owned());
         let shelved = match (self.users)() {
@@ -205,14 +207,21 @@ impl Shared {
         if let Some(listed) = flights.get(digest) {
             listed.still_to_write.store(needed, Ordering::Relaxed);
         }
+        let mut dropped = Ok(());
         for victim in &victims {
             tracing::info!(manifest = %victim, "image dropped from the cache to make room");
-            self.shelf.remove(victim).map_err(|e| e.to_string())?;
+            dropped = dropped.and_then(|()| self.shelf.drop_image(victim));
         }
+        drop(pins);
         if !victims.is_empty() {
             self.changed.send_modify(|n| *n += 1);
         }
-        Ok(())
+        // Their bytes after that, for a large file takes its time; still under the list of flights,
+        // so that no other pull counts them as taken.
+        for victim in &victims {
+            dropped = dropped.and_then(|()| self.shelf.clear(victim));
+        }
+        dropped.map_err(|e| e.to_string())
     }
 }
 

@@ -14,6 +14,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 const FORMAT: u32 = 1;
+/// Ends the name of a folder that is being deleted.
+const DROPPED: &str = ".gone";
 
 /// What `whole` says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,7 +52,9 @@ impl Shelf {
         for entry in fs::read_dir(root)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if is_digest(&name) {
+            if name.strip_suffix(DROPPED).is_some_and(is_digest) {
+                fs::remove_dir_all(entry.path())?;
+            } else if is_digest(&name) {
                 books.insert(name, look(&entry.path()));
             }
         }
@@ -138,15 +142,28 @@ impl Shelf {
         Ok(())
     }
 
-    /// Drop an image: first the claim that it is whole, then its bytes.
-    pub(super) fn remove(&self, digest: &str) -> io::Result<()> {
+    /// Drop an image; its bytes go with [`Self::clear`].
+    pub(super) fn drop_image(&self, digest: &str) -> io::Result<()> {
         self.books.lock().remove(digest);
         let folder = self.root.join(digest);
-        if folder.is_dir() {
-            durable::remove(&folder.join("whole"))?;
-            fs::remove_dir_all(&folder)?;
+        if !folder.is_dir() {
+            return Ok(());
         }
-        Ok(())
+        // Left by an earlier removal that was interrupted.
+        self.clear(digest)?;
+        fs::rename(&folder, self.dropped(digest))
+    }
+
+    /// The bytes of an image that was dropped.
+    pub(super) fn clear(&self, digest: &str) -> io::Result<()> {
+        match fs::remove_dir_all(self.dropped(digest)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        }
+    }
+
+    fn dropped(&self, digest: &str) -> PathBuf {
+        self.root.join(format!("{digest}{DROPPED}"))
     }
 
     /// Digest and bytes of each image, least recently used first.

@@ -10,6 +10,8 @@ const FILES_MAX: usize = 16;
 const NAME_MAX: usize = 128;
 /// Logical bytes of a file: a manifest of more would not fit a chunk.
 const SIZE_MAX: u64 = 14 << 40;
+/// Logical bytes of all files together.
+const TOTAL_MAX: u64 = 16 << 40;
 /// Logical bytes named by one segment.
 const SEGMENT_LEN: u64 = CHUNK_LEN * SEGMENT_CHUNKS as u64;
 
@@ -76,7 +78,15 @@ impl Manifest {
         if names.len() != self.files.len() {
             return bad("two files have the same name".to_owned());
         }
-        self.files.iter().try_for_each(FileEntry::check)
+        self.files.iter().try_for_each(FileEntry::check)?;
+        // No overflow: each was checked to be far from it.
+        if self.size() > TOTAL_MAX {
+            return bad(format!(
+                "{} bytes, at most {TOTAL_MAX} are allowed",
+                self.size()
+            ));
+        }
+        Ok(())
     }
 }
 

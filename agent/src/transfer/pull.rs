@@ -43,8 +43,11 @@ pub async fn pull_file(
     let file = manifest.files.get(index).ok_or_else(|| {
         TransferError::Invalid(format!("the manifest has {} files", manifest.files.len()))
     })?;
-    let names = Arc::new(fetch_names(&sources, file).await?);
     let (path, size) = (dest.to_owned(), file.size);
+    // Said before anything of that size is held in memory or on disk: who has no room drops us here.
+    progress(0, size);
+    tokio::task::yield_now().await;
+    let names = Arc::new(fetch_names(&sources, file).await?);
     let target = Arc::new(blocking(move || Ok(Target::open(&path, size)?)).await?);
     let needed = compare(&target, &names).await?;
 
