@@ -6,19 +6,30 @@ use bytes::{Bytes, BytesMut};
 const LINE_MAX: usize = 256 << 20;
 
 /// Collects bytes until a line is whole.
-#[derive(Default)]
 pub(super) struct Lines {
     buffer: BytesMut,
     looked: usize,
+    max: usize,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self {
+            buffer: BytesMut::new(),
+            looked: 0,
+            max: LINE_MAX,
+        }
+    }
 }
 
 impl Lines {
-    /// More bytes; an error if the line they belong to is too long.
+    /// More bytes, once all whole lines are taken; an error if the line they belong to is too long.
     pub(super) fn push(&mut self, bytes: &[u8]) -> Result<(), String> {
-        self.buffer.extend_from_slice(bytes);
-        if self.buffer.len() - self.looked > LINE_MAX {
-            return Err(format!("a line of more than {LINE_MAX} bytes"));
+        let more = bytes.iter().position(|b| *b == b'\n');
+        if self.buffer.len() + more.unwrap_or(bytes.len()) > self.max {
+            return Err(format!("a line of more than {} bytes", self.max));
         }
+        self.buffer.extend_from_slice(bytes);
         Ok(())
     }
 
@@ -58,5 +69,21 @@ mod tests {
             }
             assert_eq!(out, ["{\"a\":1}", "{\"b\":2}\r"], "cut every {cut}");
         }
+    }
+
+    #[test]
+    fn a_line_has_a_bound_however_it_trickles() {
+        let mut lines = Lines {
+            max: 8,
+            ..Lines::default()
+        };
+        lines.push(b"12345678\n12").unwrap();
+        assert_eq!(lines.next().unwrap(), "12345678");
+        assert!(lines.next().is_none());
+        for byte in b"345678" {
+            lines.push(&[*byte]).unwrap();
+            assert!(lines.next().is_none());
+        }
+        assert!(lines.push(b"9").is_err());
     }
 }
