@@ -46,8 +46,8 @@ pub const TAGS: usize = 10_000;
 pub const HOLDERS: usize = 64;
 /// Rejections remembered for one instance.
 pub const REJECTIONS: usize = 16;
-/// Newest commands whose outcome is remembered, so that a retry is not applied twice. At 20,000
-/// commands a second that is three seconds, longer than a forwarding member retries.
+/// Newest commands whose outcome is remembered, so that a retry is not applied twice. Twice
+/// what the log may grow before a member gives up retrying, so that those in flight fit as well.
 pub const RECENT_COMMANDS: usize = 65_536;
 /// Instance ids inside remembered outcomes: bounds their memory when requests are large.
 pub const RECENT_IDS: usize = 262_144;

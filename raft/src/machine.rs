@@ -10,6 +10,12 @@ pub struct Fault(pub String);
 
 /// A deterministic state machine. Calls come one at a time, in log order.
 pub trait Machine: Send + Sync + 'static {
+    /// Refuse a command that [`apply`](Self::apply) could not read, in words, before it is in the
+    /// log: there, it stops every member for good.
+    fn check(&self, command: &Bytes) -> Result<(), String> {
+        let _ = command;
+        Ok(())
+    }
     /// Apply committed commands in order; one answer each.
     fn apply(&self, commands: Vec<Bytes>) -> Result<Vec<Bytes>, Fault>;
     /// Keys changed since the last call, with their newest values.

@@ -18,6 +18,9 @@ pub struct GroupConfig {
     pub snapshot_log_bytes: u64,
     /// Entries kept behind a snapshot for slow members.
     pub keep_entries: u64,
+    /// A command is proposed again only while the log has not grown by more entries than this since
+    /// the first attempt. With what may come in between, the machine must remember twice as many.
+    pub retry_entries: u64,
     /// Longest time between two checkpoints of changed state.
     pub checkpoint_interval: Duration,
 }
@@ -42,6 +45,7 @@ impl GroupConfig {
             election: (Duration::from_millis(300), Duration::from_millis(600)),
             snapshot_log_bytes: 64 << 20,
             keep_entries: 20_000,
+            retry_entries: 32_768,
             checkpoint_interval: Duration::from_millis(250),
         }
     }

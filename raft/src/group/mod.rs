@@ -12,8 +12,9 @@ pub use config::GroupConfig;
 pub use status::{MemberStatus, Role, Status};
 
 use crate::store::checkpoint::{Checkpointer, Parts};
-use crate::store::fault::FaultCell;
+use crate::store::fault::{FaultCell, chain};
 use crate::store::log::LogStore;
+use crate::store::lost;
 use crate::store::machine::StateMachine;
 use crate::transport::network::{Factory, Peers};
 use crate::transport::wire::Admin;
@@ -48,8 +49,8 @@ pub enum GroupError {
     /// No leader was found in time; the request had no effect.
     #[error("no leader within the deadline")]
     NoLeader,
-    /// The deadline passed after the request was sent: the outcome is unknown.
-    #[error("no answer within the deadline; the outcome is unknown")]
+    /// The request was sent and its answer never came: the outcome is unknown.
+    #[error("no answer in time; the outcome is unknown")]
     Unknown,
     /// Refused, e.g. a membership change that is not allowed; the text says why.
     #[error("{0}")]
@@ -81,6 +82,7 @@ impl Drop for Alive {
 pub(crate) struct Inner {
     config: GroupConfig,
     raft: Raft,
+    machine: Arc<dyn Machine>,
     log: LogStore,
     checkpointer: Arc<Checkpointer>,
     snapshots: Arc<SnapshotDir>,
@@ -100,7 +102,7 @@ pub(crate) struct Inner {
 
 impl Group {
     /// Recover from log, engine and snapshot, and take part in the group (an uninitialised member
-    /// waits to be initialised or contacted).
+    /// waits to be initialised or contacted). Refused when the log lacks what was applied from it.
     pub async fn start(
         config: GroupConfig,
         log: Arc<dyn Log>,
@@ -110,7 +112,7 @@ impl Group {
         dialer: Arc<dyn Dialer>,
     ) -> Result<Self, GroupError> {
         let fault = FaultCell::new();
-        let fail = |e: &dyn std::error::Error| GroupError::Stopped(crate::store::fault::chain(e));
+        let fail = |e: &dyn std::error::Error| GroupError::Stopped(chain(e));
         let core = Arc::new(
             config
                 .core()
@@ -126,12 +128,9 @@ impl Group {
             fault: fault.clone(),
             interval: config.checkpoint_interval,
         };
-        let checkpointer = tokio::task::spawn_blocking(move || Checkpointer::start(parts))
-            .await
-            .map_err(|e| fail(&e))?
-            .map_err(|e| fail(&e))?;
+        let checkpointer = load(config.id, parts, log.clone()).await?;
         let state = StateMachine::new(
-            machine,
+            machine.clone(),
             checkpointer.clone(),
             snapshots.clone(),
             fault.clone(),
@@ -147,6 +146,7 @@ impl Group {
         let inner = Arc::new(Inner {
             config,
             raft,
+            machine,
             log,
             checkpointer,
             snapshots,
@@ -181,7 +181,8 @@ impl Group {
     }
 
     /// Commit and apply `command`; answers what the machine answered. From any member: it is
-    /// forwarded to the leader and retried (the same bytes) through leader changes until `deadline`.
+    /// forwarded to the leader and retried (the same bytes) through leader changes until `deadline`
+    /// or until the log has moved on by [`GroupConfig::retry_entries`].
     pub async fn propose(&self, command: Bytes, deadline: Duration) -> Result<Bytes, GroupError> {
         self.inner.propose(command, Instant::now() + deadline).await
     }
@@ -264,6 +265,25 @@ impl Group {
     pub async fn halt(&self) {
         self.inner.stop(false).await;
     }
+}
+
+/// Load the engine into the machine; refused when the log does not go with it.
+async fn load(id: u64, parts: Parts, log: LogStore) -> Result<Arc<Checkpointer>, GroupError> {
+    let work = move || {
+        let fail = |e: std::io::Error| GroupError::Stopped(chain(&e));
+        let snapshots = parts.snapshots.clone();
+        let checkpointer = Checkpointer::start(parts).map_err(fail)?;
+        let mark = checkpointer.mark();
+        if lost::lost(&log, &mark, &snapshots).map_err(fail)? {
+            // So that it has let go of the engine when the caller hears of it.
+            checkpointer.stop(false);
+            return Err(GroupError::Stopped(lost::advice(id, &mark)));
+        }
+        Ok(checkpointer)
+    };
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| GroupError::Stopped(chain(&e)))?
 }
 
 impl Inner {

@@ -123,6 +123,16 @@ impl LogStore {
         self.shared.progress.clone()
     }
 
+    pub(crate) fn vote(&self) -> Option<Vote> {
+        self.shared.cache.lock().vote
+    }
+
+    /// The last position the log speaks for: its last entry, or what it was purged up to.
+    pub(crate) fn end(&self) -> Option<u64> {
+        let state = self.shared.log.state();
+        state.last.max(state.purged.map(|(index, _)| index))
+    }
+
     /// Bytes of entries appended since this process started.
     pub(crate) fn appended_bytes(&self) -> u64 {
         self.shared.appended.load(Ordering::Relaxed)
@@ -161,6 +171,27 @@ impl LogStore {
             all.extend(some);
         }
         Ok(all)
+    }
+
+    /// Entries to apply, from `at` on. A hole would be applied as if nothing had been there.
+    fn read_portion(&self, at: u64, end: u64) -> io::Result<Vec<Entry>> {
+        let some = self.read_some(at, end, APPLY_BYTES)?;
+        for (expected, entry) in (at..).zip(&some) {
+            if entry.log_id.index != expected {
+                return Err(self.hole(expected));
+            }
+        }
+        let last = || self.shared.log.state().last;
+        if some.is_empty() && last().is_some_and(|last| at <= last) {
+            return Err(self.hole(at));
+        }
+        Ok(some)
+    }
+
+    fn hole(&self, index: u64) -> io::Error {
+        let text = format!("entry {index} is missing before the log's end");
+        self.shared.fault.raise(format!("log: {text}"));
+        io::Error::new(io::ErrorKind::InvalidData, text)
     }
 
     fn failed(&self, error: &StorageError) -> io::Error {
@@ -234,7 +265,7 @@ impl RaftLogReader<Types> for LogStore {
                 if at >= end {
                     return None;
                 }
-                match store.read_some(at, end, APPLY_BYTES) {
+                match store.read_portion(at, end) {
                     Ok(some) => {
                         let next = some.last()?.log_id.index + 1;
                         Some((some.into_iter().map(Ok).collect::<Vec<_>>(), (store, next)))

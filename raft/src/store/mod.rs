@@ -2,7 +2,10 @@
 
 pub(crate) mod checkpoint;
 pub(crate) mod fault;
+#[cfg(test)]
+mod holes;
 pub(crate) mod log;
+pub(crate) mod lost;
 pub(crate) mod machine;
 pub(crate) mod snapshot;
 #[cfg(test)]

@@ -14,6 +14,9 @@ use std::io;
 /// Longest command: with it, the longest append still fits a frame.
 pub(crate) const COMMAND_MAX: usize = super::frame::PAYLOAD_MAX / 2;
 
+/// Milliseconds to wait, position of the first attempt.
+const PROPOSE_HEADER: usize = 4 + 8;
+
 /// Kinds of frames. Requests below 128, answers above.
 pub(crate) mod kind {
     pub(crate) const HELLO: u8 = 1;
@@ -250,23 +253,27 @@ pub(crate) enum Reply<T> {
     Unknown,
 }
 
-/// A forwarded command: how long its sender will wait, then the command as it is.
-pub(crate) fn encode_propose(wait_ms: u32, command: &Bytes) -> Bytes {
-    let mut out = BytesMut::with_capacity(4 + command.len());
+/// A forwarded command: how long its sender will wait, for a retry where the log was before the
+/// first attempt (0 = this is the first), then the command as it is.
+pub(crate) fn encode_propose(wait_ms: u32, retry: Option<u64>, command: &Bytes) -> Bytes {
+    let mut out = BytesMut::with_capacity(PROPOSE_HEADER + command.len());
     out.put_u32_le(wait_ms);
+    // Nothing was applied yet: 1 says the same, commands stand behind it.
+    out.put_u64_le(retry.map_or(0, |since| since.max(1)));
     out.put_slice(command);
     out.freeze()
 }
 
-pub(crate) fn decode_propose(mut bytes: Bytes) -> io::Result<(u32, Bytes)> {
-    if bytes.len() < 4 {
+pub(crate) fn decode_propose(mut bytes: Bytes) -> io::Result<(u32, Option<u64>, Bytes)> {
+    if bytes.len() < PROPOSE_HEADER {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "a command without its header",
         ));
     }
     let wait_ms = bytes.get_u32_le();
-    Ok((wait_ms, bytes))
+    let retry = Some(bytes.get_u64_le()).filter(|since| *since > 0);
+    Ok((wait_ms, retry, bytes))
 }
 
 /// The answer to a forwarded command: the machine's bytes as they are, behind a small header.
@@ -343,6 +350,21 @@ mod tests {
         // and its length prefix covers that.
         for cut in 0..bytes.len() {
             assert!(decode_append(bytes.slice(..cut)).is_err(), "{cut}");
+        }
+    }
+
+    #[test]
+    fn proposals_say_whether_they_are_retries() {
+        let command = Bytes::from_static(b"abc");
+        for (sent, seen) in [(None, None), (Some(0), Some(1)), (Some(7), Some(7))] {
+            let bytes = encode_propose(1500, sent, &command);
+            assert_eq!(
+                decode_propose(bytes.clone()).unwrap(),
+                (1500, seen, command.clone())
+            );
+            for cut in 0..PROPOSE_HEADER {
+                assert!(decode_propose(bytes.slice(..cut)).is_err(), "{cut}");
+            }
         }
     }
 

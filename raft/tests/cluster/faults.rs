@@ -1,6 +1,6 @@
 //! Partitions, crashes, broken disks and machines.
 
-use crate::support::{BOUND, Cluster, command, eventually};
+use crate::support::{BOUND, Cluster, command, eventually, member};
 use mainstay_raft::GroupError;
 use mainstay_raft::transport::memory::Way;
 use std::time::Duration;
@@ -170,15 +170,16 @@ async fn a_failing_disk_stops_the_member_and_only_it() {
     cluster.put(1, "a", 1).await;
     let leader = cluster.leader().await;
     cluster.nodes[&leader].memory_log().stop("the disk is gone");
-    let write = cluster.nodes[&leader]
-        .group()
-        .propose(command(500, "a", 1), BOUND)
-        .await;
-    assert!(matches!(write, Err(GroupError::Stopped(_))), "{write:?}");
+    let group = cluster.nodes[&leader].group();
+    let write = group.propose(command(500, "a", 1), BOUND).await;
+    // It may have reached the others before the disk failed here.
+    assert!(matches!(write, Err(GroupError::Unknown)), "{write:?}");
     let status = cluster
         .wait(leader, "show the fault", |s| s.fault.is_some())
         .await;
     assert!(status.fault.unwrap().contains("the disk is gone"));
+    let write = group.propose(command(501, "a", 1), BOUND).await;
+    assert!(matches!(write, Err(GroupError::Stopped(_))), "{write:?}");
     let rest = others(&cluster, leader);
     cluster.leader_among(&rest).await;
     cluster.put(rest[0], "b", 2).await;
@@ -203,4 +204,52 @@ async fn a_command_that_no_machine_understands_stops_every_member() {
         let fault = cluster.nodes[&id].group().status().fault.unwrap();
         assert!(fault.contains("cannot be decoded"), "{fault}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_that_the_machine_refuses_to_read_never_reaches_the_log() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    for id in cluster.ids() {
+        let group = cluster.nodes[&id].group();
+        let error = group.propose("unreadable".into(), BOUND).await.unwrap_err();
+        assert!(
+            matches!(&error, GroupError::Refused(why) if why == "that is no command"),
+            "{error}"
+        );
+    }
+    cluster.put(1, "a", 1).await;
+    cluster.converge().await;
+    for node in cluster.running() {
+        assert_eq!(node.machine.applied_commands(), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_whose_log_is_gone_stays_out_until_it_is_replaced() {
+    let mut cluster = Cluster::new(2, |_| {}).await;
+    cluster.add(3, true).await;
+    cluster.found().await;
+    for _ in 0..20 {
+        cluster.put(3, "a", 1).await;
+    }
+    // Clean, so that the state says what was applied.
+    cluster.nodes[&3].group().shutdown().await;
+    cluster.net.detach(3);
+    cluster.nodes.get_mut(&3).unwrap().group = None;
+    let log = cluster.nodes[&3].dir.path().join("log");
+    std::fs::remove_dir_all(&log).unwrap();
+    for _ in 0..2 {
+        let error = cluster.try_start(3).await.unwrap_err();
+        assert!(
+            matches!(&error, GroupError::Stopped(why) if why.contains("member replace m3")),
+            "{error}"
+        );
+    }
+    // What it is told to do works; the group never needed what was lost.
+    cluster.nodes[&1].group().remove(3).await.unwrap();
+    cluster.add(4, true).await;
+    let group = cluster.nodes[&1].group();
+    group.add_learner(4, member(4)).await.unwrap();
+    group.promote(4).await.unwrap();
+    assert_eq!(cluster.get(4, "a").await, 20);
 }

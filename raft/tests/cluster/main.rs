@@ -8,5 +8,6 @@ mod chaos;
 mod faults;
 mod membership;
 mod reads_and_writes;
+mod retries;
 mod snapshots;
 mod support;
