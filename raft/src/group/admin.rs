@@ -120,6 +120,17 @@ impl Inner {
                 "member {id} has not caught up: {lag} entries behind"
             ));
         }
+        // A matched position says what it held once; a voter that is gone makes majorities harder.
+        if !self.answers(&metrics, id) {
+            return Reply::Busy(format!("member {id} does not answer"));
+        }
+        let voters: BTreeSet<u64> = membership.voter_ids().chain([id]).collect();
+        if let Err(live) = self.majority_answers(&metrics, &voters) {
+            return Reply::Busy(format!(
+                "with member {id} there are {} voters, of which {live} answer: that is no majority",
+                voters.len()
+            ));
+        }
         self.change(ChangeMembers::AddVoterIds(BTreeSet::from([id])), true)
             .await
     }
@@ -136,8 +147,7 @@ impl Inner {
                 .await;
         }
         let rest: BTreeSet<u64> = membership.voter_ids().filter(|v| *v != id).collect();
-        let live = rest.iter().filter(|v| self.answers(&metrics, **v)).count();
-        if live < rest.len() / 2 + 1 {
+        if let Err(live) = self.majority_answers(&metrics, &rest) {
             let text = format!(
                 "without member {id} there are {} voters, of which {live} answer: \
                  that is no majority; bring members back or add new ones first",
@@ -147,6 +157,20 @@ impl Inner {
         }
         self.change(ChangeMembers::RemoveVoters(BTreeSet::from([id])), false)
             .await
+    }
+
+    /// `Err`: how many of them answer, when that is no majority.
+    fn majority_answers(
+        &self,
+        metrics: &RaftMetrics<Types>,
+        voters: &BTreeSet<u64>,
+    ) -> Result<(), usize> {
+        let live = voters.iter().filter(|v| self.answers(metrics, **v)).count();
+        if live > voters.len() / 2 {
+            Ok(())
+        } else {
+            Err(live)
+        }
     }
 
     fn answers(&self, metrics: &RaftMetrics<Types>, id: u64) -> bool {
@@ -211,10 +235,11 @@ impl Inner {
         }
     }
 
-    /// Finish a change of voters that a former leader left half way.
+    /// Finish a change of voters that a former leader left half way. A voter that it removes leaves
+    /// the membership, as the former leader wanted: kept as a learner, it would come back.
     pub(super) async fn finish_change(&self) {
         let change = ChangeMembers::AddVoterIds(BTreeSet::new());
-        match self.change(change, true).await {
+        match self.change(change, false).await {
             Reply::Done(()) => tracing::info!("finished the membership change of a former leader"),
             reply => tracing::debug!(?reply, "membership change not finished yet"),
         }

@@ -76,7 +76,7 @@ async fn publish(
                 let nodes = metrics.membership_config.membership().nodes();
                 inner
                     .peers
-                    .update(&nodes.map(|(id, m)| (*id, m.clone())).collect());
+                    .update(nodes.map(|(id, m)| (*id, m.clone())).collect());
             }
             status_of(&metrics, *applied.borrow_and_update(), &inner.fault)
         };

@@ -30,6 +30,8 @@ pub struct Way {
 struct Board {
     members: HashMap<u64, Group>,
     ways: HashMap<(u64, u64), watch::Sender<Way>>,
+    /// Members that are found at one address only.
+    places: HashMap<u64, String>,
     /// Open connections by their two ends.
     connections: Vec<(u64, u64, CancellationToken)>,
 }
@@ -65,6 +67,13 @@ impl Switchboard {
     /// Let `group` be reached as member `id`.
     pub fn attach(&self, id: u64, group: Group) {
         self.board.lock().members.insert(id, group);
+    }
+
+    /// From now on member `id` is found at this `peer_url` only (before: at any); its connections
+    /// break.
+    pub fn place(&self, id: u64, peer_url: impl Into<String>) {
+        self.board.lock().places.insert(id, peer_url.into());
+        self.break_connections(|a, b| a == id || b == id);
     }
 
     /// Take member `id` off the network: its connections break, nobody reaches it.
@@ -117,7 +126,7 @@ struct MemoryDialer {
 
 #[async_trait]
 impl Dialer for MemoryDialer {
-    async fn dial(&self, id: u64, _member: &Member) -> io::Result<Box<dyn PeerStream>> {
+    async fn dial(&self, id: u64, member: &Member) -> io::Result<Box<dyn PeerStream>> {
         let (there, back) = {
             let mut board = self.network.board.lock();
             (
@@ -134,7 +143,9 @@ impl Dialer for MemoryDialer {
         let token = CancellationToken::new();
         let group = {
             let mut board = self.network.board.lock();
-            let group = board.members.get(&id).cloned();
+            let place = board.places.get(&id);
+            let here = place.is_none_or(|url| *url == member.peer_url);
+            let group = board.members.get(&id).filter(|_| here).cloned();
             let group = group.ok_or(io::ErrorKind::ConnectionRefused)?;
             board.connections.push((self.from, id, token.clone()));
             group

@@ -40,12 +40,19 @@ struct Links {
     data: Arc<Link>,
 }
 
+#[derive(Default)]
+struct Known {
+    /// As the newest membership has them. The core's tasks keep what a member was when they began.
+    members: BTreeMap<u64, Member>,
+    links: HashMap<u64, Links>,
+}
+
 /// The other members and the connections to them.
 pub(crate) struct Peers {
     pub(crate) id: u64,
     cluster_id: String,
     dialer: Arc<dyn Dialer>,
-    links: Mutex<HashMap<u64, Links>>,
+    known: Mutex<Known>,
     sending: Mutex<SnapshotSends>,
     next_send: AtomicU64,
 }
@@ -62,7 +69,7 @@ impl Peers {
             id,
             cluster_id,
             dialer,
-            links: Mutex::default(),
+            known: Mutex::default(),
             sending: Mutex::default(),
             next_send: AtomicU64::new(0),
         })
@@ -79,13 +86,21 @@ impl Peers {
         }
     }
 
-    /// The link to a member; a new one when it is new or has moved.
-    pub(crate) fn link(&self, id: u64, member: &Member, lane: Lane) -> Arc<Link> {
-        let mut links = self.links.lock();
-        let known = links
+    /// Where a member is now; `told` counts while the membership does not have it.
+    fn current(&self, id: u64, told: &Member) -> Member {
+        self.known.lock().members.get(&id).unwrap_or(told).clone()
+    }
+
+    /// The link to a member where it is now (see [`Peers::current`]); a new one when it is new or
+    /// has moved.
+    pub(crate) fn link(&self, id: u64, told: &Member, lane: Lane) -> Arc<Link> {
+        let mut known = self.known.lock();
+        let Known { members, links } = &mut *known;
+        let member = members.get(&id).unwrap_or(told);
+        let reaches = links
             .get(&id)
             .is_some_and(|l| l.member.peer_url == member.peer_url);
-        if !known {
+        if !reaches {
             let open = |lane| Arc::new(Link::new(self.target(id, member, lane)));
             let new = Links {
                 member: member.clone(),
@@ -102,18 +117,20 @@ impl Peers {
         }
     }
 
-    /// Take the membership's addresses; drop links to members that are gone.
-    pub(crate) fn update(&self, members: &BTreeMap<u64, Member>) {
-        self.links.lock().retain(|id, links| {
+    /// Take the membership's addresses; drop links to members that are gone or have moved.
+    pub(crate) fn update(&self, members: BTreeMap<u64, Member>) {
+        let mut known = self.known.lock();
+        known.links.retain(|id, links| {
             members
                 .get(id)
                 .is_some_and(|m| m.peer_url == links.member.peer_url)
         });
+        known.members = members;
     }
 
     /// Close everything.
     pub(crate) fn close(&self) {
-        self.links.lock().clear();
+        self.known.lock().links.clear();
     }
 
     /// Is a snapshot on its way, or was one just now? Then the log behind it must stay: the
@@ -175,6 +192,7 @@ impl RaftNetworkFactory<Types> for Factory {
 pub(crate) struct Peer {
     peers: Arc<Peers>,
     id: u64,
+    /// As it was when the core made this one.
     member: Member,
     /// Where appends go: heartbeats must not queue behind bulk.
     lane: Lane,
@@ -312,7 +330,8 @@ impl NetSnapshot<Types> for Peer {
         let send = async {
             let file = file.ok_or_else(|| io::Error::other("the snapshot file is not open"))?;
             let begin = begin(file.metadata()?.len());
-            let target = self.peers.target(self.id, &self.member, Lane::Snapshot);
+            let member = self.peers.current(self.id, &self.member);
+            let target = self.peers.target(self.id, &member, Lane::Snapshot);
             let stream = connect(&target).await?;
             let started = Instant::now();
             let answer = snapshot::send(stream, &begin, file).await?;

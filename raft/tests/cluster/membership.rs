@@ -1,7 +1,9 @@
 //! Learners, voters, removal, leader transfer, and peers that do not belong.
 
 use crate::support::{BOUND, Cluster, command, eventually, member};
-use mainstay_raft::{GroupError, Role};
+use mainstay_raft::transport::memory::Way;
+use mainstay_raft::{GroupError, Member, Role};
+use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_learner_is_added_promoted_and_removed_through_followers() {
@@ -100,6 +102,97 @@ async fn a_stranger_is_not_promoted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_learner_that_does_not_answer_is_not_promoted() {
+    let mut cluster = Cluster::founded(3, |_| {}).await;
+    cluster.add(4, false).await;
+    let leader = cluster.leader_among(&[1, 2, 3]).await;
+    let group = cluster.nodes[&leader].group().clone();
+    group.add_learner(4, member(4)).await.unwrap();
+    cluster.put(leader, "a", 1).await;
+    // It has caught up, and then it goes.
+    assert_eq!(cluster.get(4, "a").await, 1);
+    cluster.halt(4).await;
+    eventually("notice the loss", || !group.answering().contains(&4)).await;
+    let soon = Duration::from_secs(1);
+    let promoted = tokio::time::timeout(soon, group.promote(4)).await;
+    assert!(promoted.is_err(), "{promoted:?}");
+    assert_eq!(group.status().members[&4].role, Role::Learner);
+    cluster.start(4).await;
+    group.promote(4).await.unwrap();
+    assert_eq!(group.status().members[&4].role, Role::Voter);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_moves_is_found_by_the_same_leader() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    let leader = cluster.leader().await;
+    let term = cluster.nodes[&leader].group().status().term;
+    let moving = if leader == 1 { 2 } else { 1 };
+    let group = cluster.nodes[&leader].group();
+    cluster.net.place(moving, "memory:elsewhere");
+    eventually("lose it", || !group.answering().contains(&moving)).await;
+    cluster.put(leader, "a", 1).await;
+    let elsewhere = Member {
+        peer_url: "memory:elsewhere".into(),
+        ..member(moving)
+    };
+    group.add_learner(moving, elsewhere).await.unwrap();
+    eventually("hear it again", || group.answering().contains(&moving)).await;
+    let machine = &cluster.nodes[&moving].machine;
+    eventually("catch up", || machine.get("a") == 1).await;
+    let status = group.status();
+    assert_eq!((status.leader, status.term), (Some(leader), term));
+    assert_eq!(status.members[&moving].role, Role::Voter);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removal_that_its_leader_left_half_done_is_finished() {
+    let mut cluster = Cluster::founded(4, |_| {}).await;
+    // Time to act while messages are under way.
+    let delay = Duration::from_millis(30);
+    for a in cluster.ids() {
+        for b in cluster.ids() {
+            cluster.net.set(a, b, Way { cut: false, delay });
+        }
+    }
+    cluster.converge().await;
+    let leader = cluster.leader().await;
+    let group = cluster.nodes[&leader].group().clone();
+    let rest: Vec<u64> = cluster.ids().into_iter().filter(|o| *o != leader).collect();
+    let leaving = rest[2];
+    let before = group.status().last_log;
+    let remover = group.clone();
+    let removal = tokio::spawn(async move { remover.remove(leaving).await });
+    // One entry for both sets of voters, committed; the second, for the new set, leaves nobody.
+    cluster
+        .wait(leader, "append the second step", |s| {
+            s.last_log == before + 2
+        })
+        .await;
+    cluster.net.isolate(leader, &cluster.ids(), true);
+    let last = |id: u64| cluster.nodes[&id].group().status().last_log;
+    if rest.iter().any(|id| last(*id) > before + 1) {
+        println!("too late on this machine: the second step was under way to all");
+    }
+    cluster.halt(leader).await;
+    removal.abort();
+    for a in &rest {
+        for b in &rest {
+            cluster.net.set(*a, *b, Way::default());
+        }
+    }
+    for id in &rest[..2] {
+        cluster
+            .wait(*id, "forget the removed", |s| {
+                s.leader.is_some() && !s.members.contains_key(&leaving)
+            })
+            .await;
+    }
+    cluster.put(rest[0], "a", 1).await;
+    assert_eq!(cluster.get(rest[1], "a").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leadership_is_handed_over_under_load() {
     let cluster = Cluster::founded(3, |_| {}).await;
     let writers = async {
@@ -144,7 +237,7 @@ async fn a_member_of_another_cluster_is_refused_with_words() {
     // Founded as if member 1 were in its own cluster: it must never get member 1's vote.
     let both = [(1, member(1)), (2, member(2))].into();
     stranger.initialize(both).await.unwrap();
-    let soon = std::time::Duration::from_secs(2);
+    let soon = Duration::from_secs(2);
     let error = stranger
         .propose(command(1, "a", 1), soon)
         .await
