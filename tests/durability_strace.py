@@ -13,7 +13,7 @@ forgets what was not synced, that no callback of either kind comes before its sy
     tests/durability_strace.py [path of the mainstay binary]
 """
 
-import json, os, re, socket, subprocess, sys, tempfile, time, urllib.request
+import json, os, re, signal, socket, subprocess, sys, tempfile, time, urllib.request
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BIN = sys.argv[1] if len(sys.argv) > 1 else os.path.join(ROOT, "target", "release", "mainstay")
@@ -48,7 +48,8 @@ def run(work):
             if n == "c1":
                 command = ["strace", "-f", "-y", "-s", "64", "-o", trace, "-e", "trace=" + CALLS] + command
             log = open(os.path.join(work, n + ".log"), "wb")
-            children[n] = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            children[n] = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                           start_new_session=True)
         for n in names:
             for _ in range(600):
                 try:
@@ -69,12 +70,12 @@ def run(work):
             call(api["c1"], "PUT", f"/api/v1/vm?id={vm}", {"metadata": {"n": n}})
     finally:
         for child in children.values():
-            child.terminate()
+            os.killpg(child.pid, signal.SIGTERM)  # strace alone would let the member go on
         for child in children.values():
             try:
                 child.wait(30)
             except subprocess.TimeoutExpired:
-                child.kill()
+                os.killpg(child.pid, signal.SIGKILL)
     return trace
 
 

@@ -47,7 +47,7 @@ def plain(lab):
 def rest(cluster, method, path, body=None):
     url = f"http://127.0.0.1:{next(iter(cluster.api.values()))}{path}"
     request = urllib.request.Request(url, method=method, data=json.dumps(body).encode() if body else None)
-    return json.load(urllib.request.urlopen(request, timeout=12))["body"]
+    return json.load(urllib.request.urlopen(request, timeout=12)).get("body")
 
 
 def instance(cluster, template):

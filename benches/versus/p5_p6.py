@@ -39,7 +39,10 @@ def collect(into, limit, skip=0):
             total += size
             if total <= skip:
                 continue
-            target = os.path.join(into, f"{total:014d}-{name}")
+            # Small folders: mkfs and debugfs search a folder from its start for every file.
+            inside = os.path.join(into, f"{total >> 24:06d}")
+            os.makedirs(inside, exist_ok=True)
+            target = os.path.join(inside, f"{total:014d}-{name}")
             try:
                 shutil.copyfile(path, target)
             except OSError:
@@ -58,8 +61,10 @@ def make_disks(lab):
     run("cp", "--sparse=always", first, second)
     script = os.path.join(lab.dir, "debugfs")
     with open(script, "w") as f:
-        for name in os.listdir(more):
-            f.write(f"write {os.path.join(more, name)} {name}\n")
+        for folder in sorted(os.listdir(more)):
+            f.write(f"mkdir /new-{folder}\ncd /new-{folder}\n")
+            for name in os.listdir(os.path.join(more, folder)):
+                f.write(f"write {os.path.join(more, folder, name)} {name}\n")
     run("debugfs", "-w", "-f", script, second)
     shutil.rmtree(tree), shutil.rmtree(more)
     return first, second
