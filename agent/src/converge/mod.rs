@@ -2,8 +2,8 @@
 //! core: desired set and what is known here in, actions out. It knows no driver, no file, no clock.
 //!
 //! * [`plan`]: the actions; at most one per instance, none while one is under way.
-//! * [`executor`]: carries actions out, several at once; [`task`]: one instance's start and end.
-//! * [`record`]: what outlives the agent; [`view`]: what is reported.
+//! * [`executor`]: carries actions out, several at once; `task`: one instance's start and end.
+//! * [`record`]: what outlives the agent; `view`: what is reported.
 //!
 //! Rules, in order of weight:
 //! 1. Only an instance that the controller names is ever destroyed: `run == false`, or a VM left

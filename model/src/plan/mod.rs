@@ -2,7 +2,7 @@
 //! records, `apply` checks again: a stale plan does no harm.
 //!
 //! Waiting instances are taken in their order (priority, age, id). For each, nodes are filtered
-//! and the best by [`score::Score`] is taken; room given away in the same plan is counted.
+//! and the best by `score::Score` is taken; room given away in the same plan is counted.
 //! Instances that ask for the same thing share one queue of candidates, so that a plan costs about
 //! (different requests x nodes) + (bindings x log nodes), not instances x nodes.
 
