@@ -8,8 +8,8 @@ mod layout;
 mod memory;
 mod sled;
 
+pub use self::sled::SledEngine;
 pub use memory::MemoryEngine;
-pub use sled::SledEngine;
 
 use crate::Result;
 
