@@ -212,9 +212,11 @@ pub struct ScriptResult {
     pub return_code: i32,
     /// Given up.
     pub did_timeout: bool,
-    /// Last 1 MB at most.
+    /// Last 64 KiB at most. (The reference system keeps 1 MB: there it is told once. Here every
+    /// heartbeat tells it again and every member keeps it, and a node full of talkative scripts
+    /// must still be heard.)
     pub stdout: String,
-    /// Last 1 MB at most.
+    /// Last 64 KiB at most.
     pub stderr: String,
 }
 

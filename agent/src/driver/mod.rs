@@ -79,8 +79,15 @@ pub trait Driver: Send + Sync + 'static {
     async fn delete(&self, id: &str) -> Result<(), DriverError>;
 }
 
-/// Bytes of a script's output that are kept, from its end.
-pub const OUTPUT_KEPT: usize = 1 << 20;
+/// Bytes of a script's output that are kept, from its end: every heartbeat tells them again, and
+/// the controller's state keeps no more.
+pub const OUTPUT_KEPT: usize = 64 << 10;
+
+/// The end of a script's output that is kept.
+fn kept_output(text: &str) -> &str {
+    let from = text.len().saturating_sub(OUTPUT_KEPT);
+    &text[text.ceil_char_boundary(from)..]
+}
 
 /// Ids become file names and process arguments: letters, digits, `-`, `_` and inner dots.
 fn check_id(id: &str) -> Result<(), DriverError> {

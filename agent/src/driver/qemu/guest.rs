@@ -1,7 +1,7 @@
 //! What we want of a guest: that it answers, that it has fresh randomness and the right time, that it
 //! has an address, that it runs a script, that it shuts down.
 
-use super::super::{DriverError, OUTPUT_KEPT, now_ms};
+use super::super::{DriverError, OUTPUT_KEPT, kept_output, now_ms};
 use super::qga::{self, Qga, QgaError};
 use super::{QemuDriver, Vm, lifecycle};
 use crate::wire::{Script, ScriptResult, VmFacts};
@@ -288,11 +288,8 @@ fn output(data: &Value) -> String {
         .decode(data.as_str().unwrap_or_default())
         .unwrap_or_default();
     let from = bytes.len().saturating_sub(OUTPUT_KEPT);
-    let text = String::from_utf8_lossy(&bytes[from..]);
-    // Broken characters take more room than they had.
-    let over = text.len().saturating_sub(OUTPUT_KEPT);
-    let start = (over..text.len()).find(|at| text.is_char_boundary(*at));
-    text[start.unwrap_or(over)..].to_string()
+    // Broken characters take more room than they had: cut once more.
+    kept_output(&String::from_utf8_lossy(&bytes[from..])).to_string()
 }
 
 #[cfg(test)]
