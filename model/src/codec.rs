@@ -47,6 +47,11 @@ pub fn decode_outcome(bytes: &[u8]) -> Result<Outcome, CodecError> {
     decode(bytes)
 }
 
+/// How many bytes a value takes inside a command.
+pub fn encoded_len<T: Serialize>(value: &T) -> usize {
+    encode(value).len() - 1
+}
+
 /// Version byte and bincode.
 pub(crate) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     let mut out = Vec::with_capacity(128);

@@ -6,7 +6,7 @@ use crate::ids::{CommandId, Digest, GroupId, InstanceId, MemberId, NodeId, Templ
 use crate::instance::{Observation, StartRequest, Value};
 use crate::node::{NodeConfig, NodeSpec};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// One log entry: the command, who it is, and when its proposer said it was.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -113,6 +113,8 @@ pub enum Command {
         holder: MemberId,
         /// How many verified copies make it visible (already computed from the member list).
         copies_needed: u32,
+        /// That member list: only copies of these count.
+        voters: BTreeSet<MemberId>,
     },
     /// A member has every byte of a tag, verified and durable (`held`), or no longer has.
     ReportHeld {
@@ -126,6 +128,9 @@ pub enum Command {
         member: MemberId,
         /// Gained or lost.
         held: bool,
+        /// The voters as the proposer knows them after asking the leader: only copies of these
+        /// count, not those of members that were replaced or have no vote yet. Unused for `!held`.
+        voters: BTreeSet<MemberId>,
     },
     /// Delete a template with all its tags.
     DeleteTemplate {

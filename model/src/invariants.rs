@@ -4,7 +4,7 @@
 use crate::instance::{Instance, InstanceState};
 use crate::limits;
 use crate::state::State;
-use crate::template::Template;
+use crate::template::{Tag, Template};
 
 /// Check one state by itself.
 pub fn check(state: &State) -> Result<(), String> {
@@ -20,6 +20,17 @@ pub fn check(state: &State) -> Result<(), String> {
     for (id, node) in &state.nodes {
         let ok = id == &node.id && !(node.reachable && node.lost);
         ensure(ok, || format!("node {id}: other id, or lost and reachable"))?;
+    }
+    for (id, left) in &state.left {
+        // The record of an instance may be forgotten before what is left of it is gone.
+        let fits = |i: &Instance| {
+            i.ended_ms.is_some()
+                && i.node.as_ref() == Some(&left.node)
+                && i.generation == left.generation
+        };
+        ensure(state.instances.get(id).is_none_or(fits), || {
+            format!("instance {id}: does not fit what is left of it")
+        })?;
     }
     for (id, group) in &state.groups {
         ensure(id == &group.id, || format!("group {id}: other id"))?;
@@ -52,6 +63,11 @@ pub fn check_step(before: &State, after: &State) -> Result<(), String> {
             None => ensure(old.ended_ms.is_some(), || "forgotten before its end".into()),
         }
         .map_err(|e| format!("instance {id}: {e}"))?;
+    }
+    for (id, old) in &before.left {
+        ensure(after.left.get(id).is_none_or(|new| new == old), || {
+            format!("instance {id}: what is left of it became another")
+        })?;
     }
     for (id, old) in &before.templates {
         if let Some(new) = after.templates.get(id) {
@@ -113,10 +129,6 @@ fn check_template(template: &Template) -> Result<(), String> {
         ensure(tag.visible == tag.visible_ms.is_some(), || {
             at("visible since never")
         })?;
-        let enough = tag.holders.len() as u64 >= u64::from(tag.copies_needed);
-        ensure(tag.visible || !enough, || {
-            at("enough copies, yet invisible")
-        })?;
     }
     Ok(())
 }
@@ -157,11 +169,24 @@ fn check_template_step(old: &Template, new: &Template) -> Result<(), String> {
                 ensure(same, || format!("tag {number} became another"))?;
                 let kept = !was.visible || tag.visible_ms == was.visible_ms;
                 ensure(kept, || format!("tag {number} lost its visibility"))?;
+                ensure(was.visible || shown_rightly(tag), || {
+                    format!("tag {number} is visible with too few copies")
+                })?;
             }
-            None => ensure(*number >= old.next_number, || {
-                format!("tag {number} came back")
-            })?,
+            None => {
+                ensure(*number >= old.next_number, || {
+                    format!("tag {number} came back")
+                })?;
+                ensure(shown_rightly(tag), || {
+                    format!("tag {number} was born visible with too few copies")
+                })?;
+            }
         }
     }
     Ok(())
+}
+
+/// When it becomes visible. Which holders count is known to the command alone.
+fn shown_rightly(tag: &Tag) -> bool {
+    !tag.visible || tag.holders.len() as u64 >= u64::from(tag.copies_needed)
 }

@@ -1,6 +1,7 @@
 //! A node: a machine that runs the agent and VMs.
 
 use crate::ids::{GroupId, NodeId, TemplateId};
+use crate::instance::{Observation, ObservedPhase};
 use crate::limits;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -86,8 +87,30 @@ pub struct Node {
     pub updated_ms: u64,
 }
 
+/// What is left of an instance that ended while its node could not be asked: its VM may still run
+/// there. The node is told to remove it whenever it comes back, also after a removal and a new
+/// registration, and until it says that this is done, the VM takes room. Outlives the instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// Where the VM was.
+    pub node: NodeId,
+    /// The instance's generation after its end.
+    pub generation: u64,
+    /// What the VM takes.
+    pub load: Load,
+}
+
+impl Left {
+    /// Does `seen`, reported by `node`, say that nothing of it is left?
+    pub fn removed_by(&self, node: &NodeId, seen: &Observation) -> bool {
+        &self.node == node
+            && self.generation == seen.generation
+            && seen.phase == ObservedPhase::Gone
+    }
+}
+
 /// What instances take of a node, or one instance wants.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Load {
     /// VMs.
     pub count: u32,

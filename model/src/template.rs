@@ -33,7 +33,7 @@ pub struct Tag {
     pub holders: BTreeSet<MemberId>,
     /// Verified copies that make it visible.
     pub copies_needed: u32,
-    /// Was once held by `copies_needed`; never goes back to false.
+    /// Was once held by `copies_needed` voters of that time; never goes back to false.
     pub visible: bool,
     /// Published (accepted) at.
     pub created_ms: u64,

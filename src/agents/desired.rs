@@ -15,9 +15,16 @@ const NAME_PREFIX: &str = "mgmtManaged-";
 pub(super) fn desired_set(state: &State, id: &NodeId) -> Option<wire::DesiredSet> {
     let node = state.nodes.get(id)?;
     let instances = state.on_node(id).map(|i| desired(state, node, i));
+    // Ended while the node was away; the agent destroys only what it is told to.
+    let left = state.left_on(id).map(|(id, left)| wire::DesiredInstance {
+        id: id.0.clone(),
+        generation: left.generation,
+        run: false,
+        ..wire::DesiredInstance::default()
+    });
     Some(wire::DesiredSet {
         generation: node.desired_generation,
-        instances: instances.collect(),
+        instances: instances.chain(left).collect(),
     })
 }
 

@@ -5,12 +5,17 @@
 use super::translate;
 use crate::app::{App, Consistency};
 use mainstay_agent::wire::{ImageRef, Report};
+use mainstay_model::codec::encoded_len;
 use mainstay_model::instance::{Instance, InstanceState, Observation, ObservedPhase};
 use mainstay_model::limits::{BATCH, NODE_IMAGES};
 use mainstay_model::{Command, NodeId, State, TemplateId};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+/// Most encoded bytes of observations in one command: half of what the log takes. One observation
+/// is far smaller, for its texts are cut before.
+pub(super) const OBSERVE_BYTES: usize = 4 << 20;
 
 /// Nodes with a command under way, each with the report that waits behind it.
 type Busy = Arc<Mutex<BTreeMap<String, Option<Report>>>>;
@@ -65,7 +70,7 @@ async fn work(app: App, busy: Busy, mut report: Report) {
 }
 
 /// What must be said to the log so that the state agrees with the report.
-fn commands(state: &State, report: &Report) -> Vec<Command> {
+pub(super) fn commands(state: &State, report: &Report) -> Vec<Command> {
     let id = NodeId(report.node_id.clone());
     let Some(node) = state.nodes.get(&id) else {
         return Vec::new();
@@ -77,20 +82,42 @@ fn commands(state: &State, report: &Report) -> Vec<Command> {
         .filter_map(translate::observation)
         .filter(|seen| {
             let instance = state.instances.get(&seen.id);
+            let left = state.left.get(&seen.id);
             instance.is_some_and(|i| i.node.as_ref() == Some(&id) && tells_news(i, seen))
+                || left.is_some_and(|l| l.removed_by(&id, seen))
         })
         .take(BATCH)
         .collect();
-    if !changes.is_empty() {
-        let node = id.clone();
-        commands.push(Command::Observe { node, changes });
-    }
+    commands.extend(split(changes).into_iter().map(|changes| Command::Observe {
+        node: id.clone(),
+        changes,
+    }));
     let images = images(&report.images);
     if images != node.images {
         let images = images.into_iter().collect();
         commands.push(Command::SetNodeImages { id, images });
     }
     commands
+}
+
+/// In order, into parts that the log takes.
+fn split(changes: Vec<Observation>) -> Vec<Vec<Observation>> {
+    let mut parts: Vec<Vec<Observation>> = Vec::new();
+    let mut size = OBSERVE_BYTES;
+    for seen in changes {
+        let more = encoded_len(&seen);
+        match parts.last_mut().filter(|_| size + more <= OBSERVE_BYTES) {
+            Some(part) => {
+                part.push(seen);
+                size += more;
+            }
+            None => {
+                parts.push(vec![seen]);
+                size = more;
+            }
+        }
+    }
+    parts
 }
 
 fn images(images: &[ImageRef]) -> BTreeSet<(TemplateId, u32)> {

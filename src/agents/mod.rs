@@ -16,6 +16,8 @@ pub mod exchange;
 mod intake;
 pub mod liveness;
 mod streams;
+#[cfg(test)]
+mod tests;
 mod translate;
 
 pub use liveness::Liveness;

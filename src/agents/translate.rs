@@ -3,7 +3,7 @@
 use super::liveness::Heard;
 use mainstay_agent::wire;
 use mainstay_model::instance::{Observation, ObservedPhase, PortRule, ScriptResult, VmInfo};
-use mainstay_model::limits::{NAME_BYTES, PORT_RULES};
+use mainstay_model::limits::{NAME_BYTES, PORT_RULES, SCRIPT_OUTPUT_BYTES, TEXT_BYTES};
 use mainstay_model::node::NodeSpec;
 use mainstay_model::{GroupId, InstanceId};
 
@@ -39,28 +39,31 @@ pub(super) fn observation(seen: &wire::Observed) -> Option<Observation> {
         "starting" => ObservedPhase::Starting,
         "running" => ObservedPhase::Running,
         "stopped" => ObservedPhase::Stopped,
-        "failed" => ObservedPhase::Failed(seen.message.clone()),
-        "rejected" => ObservedPhase::Rejected(seen.message.clone()),
+        "failed" => ObservedPhase::Failed(clip(&seen.message, TEXT_BYTES)),
+        "rejected" => ObservedPhase::Rejected(clip(&seen.message, TEXT_BYTES)),
         "gone" => ObservedPhase::Gone,
         _ => return None,
     };
+    // A driver that cannot say what a VM was gives blank facts: they say nothing.
+    let facts = seen.vm.as_ref().filter(|f| !f.uuid.is_empty());
     Some(Observation {
         id: InstanceId(seen.id.clone()),
         generation: seen.generation,
         phase,
-        vm: seen.vm.as_ref().map(vm),
+        vm: facts.map(vm),
         script: seen.script.as_ref().map(|s| ScriptResult {
             return_code: s.return_code,
             did_timeout: s.did_timeout,
-            stdout: s.stdout.clone(),
-            stderr: s.stderr.clone(),
+            stdout: clip_front(&s.stdout),
+            stderr: clip_front(&s.stderr),
         }),
     })
 }
 
-/// Cut as the model cuts, so that comparing it with the state finds no difference that is none.
+/// Cut as the model cuts (also scripts and messages), so that comparing it with the state finds no difference that is none.
 fn vm(facts: &wire::VmFacts) -> VmInfo {
     let rules = facts.port_forwarding.iter().take(PORT_RULES);
+    let clip = |text: &str| clip(text, NAME_BYTES);
     VmInfo {
         uuid: clip(&facts.uuid),
         name: clip(&facts.name),
@@ -83,8 +86,14 @@ fn vm(facts: &wire::VmFacts) -> VmInfo {
     }
 }
 
-fn clip(text: &str) -> String {
-    text[..text.floor_char_boundary(NAME_BYTES)].to_owned()
+fn clip(text: &str, max: usize) -> String {
+    text[..text.floor_char_boundary(max)].to_owned()
+}
+
+/// The last bytes of a script's output.
+fn clip_front(text: &str) -> String {
+    let from = text.len().saturating_sub(SCRIPT_OUTPUT_BYTES);
+    text[text.ceil_char_boundary(from)..].to_owned()
 }
 
 pub(super) fn rules(rules: &[PortRule]) -> Vec<wire::PortRule> {

@@ -17,19 +17,23 @@ struct Usage {
     vram_mb: u64,
 }
 
-/// As its driver says, and for what has no VM yet as it was requested.
+/// As its driver says, and for what has no VM yet, or what may be left of one, as it was requested.
 fn usage(view: View<'_>, node: &NodeId) -> Usage {
-    view.state
-        .on_node(node)
-        .fold(Usage::default(), |sum, instance| {
-            let (vm, wants) = (instance.vm.clone().unwrap_or_default(), instance.demand());
-            let given = |seen: u32, wanted: u64| if seen > 0 { u64::from(seen) } else { wanted };
-            Usage {
-                vms: sum.vms + 1,
-                vcpu: sum.vcpu + given(vm.cpu_cores, wants.vcpu),
-                vram_mb: sum.vram_mb + given(vm.ram_mb, wants.ram_mb),
-            }
-        })
+    let left = view.state.left_on(node);
+    let left = left.fold(Usage::default(), |sum, (_, left)| Usage {
+        vms: sum.vms + 1,
+        vcpu: sum.vcpu + left.load.vcpu,
+        vram_mb: sum.vram_mb + left.load.ram_mb,
+    });
+    view.state.on_node(node).fold(left, |sum, instance| {
+        let (vm, wants) = (instance.vm.clone().unwrap_or_default(), instance.demand());
+        let given = |seen: u32, wanted: u64| if seen > 0 { u64::from(seen) } else { wanted };
+        Usage {
+            vms: sum.vms + 1,
+            vcpu: sum.vcpu + given(vm.cpu_cores, wants.vcpu),
+            vram_mb: sum.vram_mb + given(vm.ram_mb, wants.ram_mb),
+        }
+    })
 }
 
 /// `GET /api/v1/node`: an array; with an id, of that one node.

@@ -72,6 +72,7 @@ impl Cloud {
             },
             holder: MemberId(1),
             copies_needed,
+            voters: [MemberId(1)].into(),
         });
         self
     }

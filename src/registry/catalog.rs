@@ -3,8 +3,9 @@
 
 use crate::app::{App, AppError, Consistency};
 use async_trait::async_trait;
-use mainstay_model::{Command, CommandId, Outcome, State};
-use mainstay_raft::Status;
+use mainstay_model::{Command, CommandId, MemberId, Outcome, State};
+use mainstay_raft::{Role, Status};
+use std::collections::BTreeSet;
 use tokio::sync::watch;
 
 /// The replicated state, as far as the registry goes.
@@ -18,6 +19,8 @@ pub trait Catalog: Send + Sync + 'static {
     ) -> Result<(), AppError>;
     /// Commit a command; a refusal is an error.
     async fn submit(&self, id: CommandId, command: Command) -> Result<Outcome, AppError>;
+    /// The group as of everything acknowledged before the call, not as this member last heard.
+    async fn members(&self) -> Result<Status, AppError>;
     /// The group, and every change of it (applied index included).
     fn watch(&self) -> watch::Receiver<Status>;
 }
@@ -42,9 +45,21 @@ impl Catalog for App {
         self.submit_as(id, command).await
     }
 
+    async fn members(&self) -> Result<Status, AppError> {
+        drop(self.read(Consistency::Linearizable).await?);
+        Ok(self.group().status())
+    }
+
     fn watch(&self) -> watch::Receiver<Status> {
         self.group().watch()
     }
+}
+
+/// The members whose copies count.
+pub(super) fn voters(group: &Status) -> BTreeSet<MemberId> {
+    let members = group.members.iter();
+    let voters = members.filter(|(_, m)| m.role == Role::Voter);
+    voters.map(|(&id, _)| MemberId(id)).collect()
 }
 
 impl dyn Catalog {

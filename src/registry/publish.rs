@@ -3,6 +3,7 @@
 
 use super::RegistryService;
 use super::answer::{self, Answer, Params, Refused, bad, fail, ok};
+use super::catalog::voters;
 use super::walk::{Reach, WalkError};
 use crate::app::{AppError, Consistency};
 use crate::stamp;
@@ -15,7 +16,6 @@ use mainstay_model::ids::Digest;
 use mainstay_model::instance::PortRule;
 use mainstay_model::template::{Tag, Template};
 use mainstay_model::{Command, CommandId, Outcome, TemplateId};
-use mainstay_raft::Role;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -116,13 +116,16 @@ impl RegistryService {
         let digest = hex_id(&request.manifest).map_err(|e| bad(e.to_string()))?;
         let manifest = self.whole(digest).await?;
         let content = content(&request, Digest(digest), &manifest)?;
+        let voters = voters(&self.catalog.members().await?);
+        let copies_needed = copies_needed(request.durability, voters.len())?;
         let command = Command::PublishTag {
             new_template_id: stamp::template_id(),
             template: request.template.clone(),
             tag: request.tag.clone(),
             content,
             holder: self.member,
-            copies_needed: self.copies_needed(request.durability)?,
+            copies_needed,
+            voters,
         };
         let outcome = self.catalog.submit(id, command).await?;
         let Outcome::Published {
@@ -172,25 +175,6 @@ impl RegistryService {
         }
     }
 
-    fn copies_needed(&self, durability: Durability) -> Result<u32, Refused> {
-        let status = self.catalog.watch().borrow().clone();
-        let voters = status
-            .members
-            .values()
-            .filter(|m| m.role == Role::Voter)
-            .count();
-        let voters = u32::try_from(voters).unwrap_or(u32::MAX);
-        if voters == 0 {
-            let text = "the member list is not known yet: try again";
-            return Err(fail(StatusCode::SERVICE_UNAVAILABLE, text));
-        }
-        Ok(match durability {
-            Durability::Majority => voters / 2 + 1,
-            Durability::All => voters,
-            Durability::One => 1,
-        })
-    }
-
     /// A tag, once it is visible or `wait_s` seconds are over.
     async fn wait_visible(
         &self,
@@ -215,6 +199,19 @@ impl RegistryService {
         }
         Ok(seen)
     }
+}
+
+fn copies_needed(durability: Durability, voters: usize) -> Result<u32, Refused> {
+    let voters = u32::try_from(voters).unwrap_or(u32::MAX);
+    if voters == 0 {
+        let text = "the member list is not known yet: try again";
+        return Err(fail(StatusCode::SERVICE_UNAVAILABLE, text));
+    }
+    Ok(match durability {
+        Durability::Majority => voters / 2 + 1,
+        Durability::All => voters,
+        Durability::One => 1,
+    })
 }
 
 fn command_id(request: &PublishRequest) -> Result<CommandId, Refused> {

@@ -4,11 +4,12 @@
 //! ```text
 //! in the state, not ours -> copy (names, then chunks, from holders first) -> walk again -> ReportHeld(true)
 //! said to be ours, but not whole (checked at start and after damage)      -> ReportHeld(false)
+//! ours and invisible, although enough voters hold it (one got its vote later) -> ReportHeld(true)
 //! ```
 
 use super::replicas::{Key, Progress};
 use super::walk::{Reach, WalkError};
-use super::{RegistryService, answer};
+use super::{RegistryService, answer, catalog};
 use crate::app::{AppError, Consistency};
 use crate::stamp;
 use futures::StreamExt;
@@ -41,6 +42,8 @@ struct Todo {
     lacking: BTreeMap<Key, Vec<MemberId>>,
     /// Tags that we said we hold.
     claimed: BTreeSet<Key>,
+    /// Those of them that would be visible if copies were counted now.
+    ripe: BTreeSet<Key>,
 }
 
 /// After a failure.
@@ -60,6 +63,7 @@ pub(super) async fn run(service: Arc<RegistryService>) {
         if let Ok(todo) = look(&service).await {
             checked.retain(|key| todo.claimed.contains(key));
             check_claims(&service, &todo, &mut checked).await;
+            say_again(&service, &todo, &checked).await;
             service.progress.keep(&todo.lacking);
             pauses.retain(|key, _| todo.lacking.contains_key(key));
             start(&service, &todo, &pauses, &mut copies);
@@ -85,6 +89,7 @@ pub(super) async fn run(service: Arc<RegistryService>) {
 
 async fn look(service: &RegistryService) -> Result<Todo, AppError> {
     let me = service.member;
+    let voters = catalog::voters(&service.catalog.watch().borrow());
     let take = |state: &State| {
         let mut todo = Todo::default();
         for template in state.templates.values() {
@@ -95,6 +100,10 @@ async fn look(service: &RegistryService) -> Result<Todo, AppError> {
                     manifest: tag.content.manifest,
                 };
                 if tag.holders.contains(&me) {
+                    let copies = tag.holders.intersection(&voters).count() as u64;
+                    if !tag.visible && copies >= u64::from(tag.copies_needed) {
+                        todo.ripe.insert(key.clone());
+                    }
                     todo.claimed.insert(key);
                 } else {
                     todo.lacking
@@ -127,6 +136,15 @@ async fn check_claims(service: &Arc<RegistryService>, todo: &Todo, checked: &mut
         tracing::warn!(template = %key.template, number = key.number, "a tag that this member held is not whole any more");
         if let Err(why) = report(service, key, false).await {
             tracing::warn!(why, "could not report a lost copy yet");
+        }
+    }
+}
+
+/// Copies are counted when one is reported: who got a vote after its report needs to be counted anew.
+async fn say_again(service: &RegistryService, todo: &Todo, checked: &BTreeSet<Key>) {
+    for key in todo.ripe.intersection(checked) {
+        if let Err(why) = report(service, key, true).await {
+            tracing::warn!(why, "could not report a copy again yet");
         }
     }
 }
@@ -253,12 +271,19 @@ async fn fetch_all(
 }
 
 async fn report(service: &RegistryService, key: &Key, held: bool) -> Result<(), String> {
+    let voters = if held {
+        let members = service.catalog.members().await;
+        catalog::voters(&members.map_err(|e| answer::chain(&e))?)
+    } else {
+        BTreeSet::new()
+    };
     let command = Command::ReportHeld {
         template: key.template.clone(),
         number: key.number,
         manifest: key.manifest,
         member: service.member,
         held,
+        voters,
     };
     match service.catalog.submit(stamp::command_id(), command).await {
         // Deleted meanwhile: nothing to report.

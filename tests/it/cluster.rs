@@ -187,6 +187,7 @@ impl Cluster {
                 content,
                 holder: MemberId(1),
                 copies_needed: 1,
+                voters: [MemberId(1)].into(),
             };
             self.members[0].app.submit(command).await.unwrap();
         }

@@ -5,6 +5,7 @@ use super::{Applied, check};
 use crate::ids::{InstanceId, NodeId};
 use crate::instance::{Instance, InstanceState, StartRequest, Value};
 use crate::limits::{self, clip};
+use crate::node::Left;
 use crate::outcome::{Outcome, Refusal};
 use crate::state::State;
 use crate::template::Tag;
@@ -87,7 +88,8 @@ fn check_ids(state: &State, ids: &[InstanceId]) -> Result<(), Refusal> {
     let mut seen = BTreeSet::new();
     for id in ids {
         check::id("instance id", id.as_str())?;
-        if !seen.insert(id) || state.instances.contains_key(id) {
+        let taken = state.instances.contains_key(id) || state.left.contains_key(id);
+        if !seen.insert(id) || taken {
             return Err(Refusal::Conflict(format!("instance id {id} is taken")));
         }
     }
@@ -145,8 +147,10 @@ pub(super) fn terminate(state: &mut State, id: &InstanceId) -> Applied {
     match instance.node.clone() {
         // Never had a VM: stays Terminating until it is forgotten.
         None => end(state, id, InstanceState::Terminating),
-        Some(node) if vm_gone || state.nodes.get(&node).is_none_or(|n| n.lost) => {
-            end(state, id, InstanceState::Terminated);
+        Some(_) if vm_gone => end(state, id, InstanceState::Terminated),
+        Some(node) if state.nodes.get(&node).is_none_or(|n| n.lost) => {
+            end_unseen(state, id);
+            state.bump_desired(&node);
         }
         Some(node) => {
             state.edit_instance(id, |i| {
@@ -167,6 +171,24 @@ pub(super) fn end(state: &mut State, id: &InstanceId, last: InstanceState) {
         i.generation = i.generation.saturating_add(1);
         i.ended_ms = Some(now);
     });
+}
+
+/// The end of an instance whose node cannot be asked: should the node come back, it shall remove
+/// the VM. The caller bumps the node's desired set.
+pub(super) fn end_unseen(state: &mut State, id: &InstanceId) {
+    end(state, id, InstanceState::Terminated);
+    let Some(instance) = state.instances.get(id) else {
+        return;
+    };
+    let Some(node) = instance.node.clone() else {
+        return;
+    };
+    let left = Left {
+        node,
+        generation: instance.generation,
+        load: instance.demand(),
+    };
+    state.leave(id, left);
 }
 
 /// A live instance fails. It keeps its node and what was known of its VM.

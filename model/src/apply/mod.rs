@@ -52,6 +52,7 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
             content,
             holder,
             copies_needed,
+            voters,
         } => {
             let push = template::Push {
                 template,
@@ -59,6 +60,7 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
                 content,
                 holder: *holder,
                 copies_needed: (*copies_needed).max(1),
+                voters,
             };
             template::publish(state, new_template_id, &push)
         }
@@ -68,7 +70,11 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
             manifest,
             member,
             held,
-        } => template::report_held(state, template, *number, manifest, *member, *held),
+            voters,
+        } => {
+            let voters = held.then_some(voters);
+            template::report_held(state, template, *number, manifest, *member, voters)
+        }
         Command::DeleteTemplate { id } => template::delete(state, id),
         Command::RevertTemplate { id, selector } => template::revert(state, id, selector.as_ref()),
         Command::DeleteTag { id, selector } => template::delete_tag(state, id, selector),

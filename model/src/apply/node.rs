@@ -122,8 +122,9 @@ pub(super) fn set_reachability(
     Ok(Outcome::Done)
 }
 
-/// Nothing more is heard of a node: live instances fail, those that were to end have ended. The
-/// generation goes up, so that what the node may still say about them is stale.
+/// Nothing more is heard of a node: live instances fail, those that were to end have ended, and
+/// what is left of them is remembered. The generation goes up, so that what the node may still say
+/// about them is stale.
 fn abandon(state: &mut State, node: &NodeId, why: &str) {
     let ids: Vec<InstanceId> = state.on_node(node).map(|i| i.id.clone()).collect();
     for id in &ids {
@@ -131,7 +132,7 @@ fn abandon(state: &mut State, node: &NodeId, why: &str) {
         if instance.is_some_and(Instance::live) {
             instance::fail_for_good(state, id, why);
         } else if instance.is_some_and(|i| i.state == InstanceState::Terminating) {
-            instance::end(state, id, InstanceState::Terminated);
+            instance::end_unseen(state, id);
         }
     }
     if !ids.is_empty() {

@@ -6,6 +6,7 @@
 //!      \____________\_________\__________\___ Error             only before the first Started
 //! Terminating -- Gone --> Terminated                  Gone elsewhere: Error "VM disappeared"
 //! ```
+//! Of an ended instance only one thing still counts: that what was left of it is gone.
 
 use super::{Applied, check, instance};
 use crate::ids::NodeId;
@@ -25,6 +26,13 @@ pub(super) fn observe(state: &mut State, node: &NodeId, changes: &[Observation])
         ))));
     }
     for seen in changes {
+        if let Some(left) = state.left.get(&seen.id)
+            && left.removed_by(node, seen)
+        {
+            state.forget_left(&seen.id);
+            state.bump_desired(node);
+            continue;
+        }
         let Some(instance) = state.instances.get(&seen.id) else {
             continue;
         };
@@ -153,9 +161,9 @@ fn record_facts(state: &mut State, seen: &Observation) {
         .as_ref()
         .map(clip_script)
         .filter(|s| instance.script_result.as_ref() != Some(s));
-    let new_vm = seen
-        .vm
-        .as_ref()
+    // A driver that can no longer say what the VM was: what was known of it stays.
+    let facts = seen.vm.as_ref().filter(|vm| !vm.uuid.is_empty());
+    let new_vm = facts
         .map(clip_vm)
         .filter(|vm| instance.vm.as_ref() != Some(vm));
     if let Some(vm) = new_vm {

@@ -21,6 +21,7 @@ pub(super) struct Push<'a> {
     pub(super) content: &'a TagContent,
     pub(super) holder: MemberId,
     pub(super) copies_needed: u32,
+    pub(super) voters: &'a BTreeSet<MemberId>,
 }
 
 pub(super) fn publish(state: &mut State, new_id: &TemplateId, push: &Push<'_>) -> Applied {
@@ -36,7 +37,8 @@ pub(super) fn publish(state: &mut State, new_id: &TemplateId, push: &Push<'_>) -
             return Err(Refusal::TagTaken(push.tag.to_owned()));
         }
         let number = tag.number;
-        return hold(state, &id, number, push.holder, Some(push.copies_needed));
+        let needed = Some(push.copies_needed);
+        return hold(state, &id, number, push.holder, push.voters, needed);
     }
     check::count("tags of a template", template.tags.len() + 1, limits::TAGS)?;
     let number = template.next_number;
@@ -76,12 +78,13 @@ fn publish_first(state: &mut State, id: &TemplateId, push: &Push<'_>) -> Applied
 }
 
 fn new_tag(state: &State, number: u32, push: &Push<'_>) -> Tag {
-    let visible = push.copies_needed <= 1;
+    let holders = BTreeSet::from([push.holder]);
+    let visible = enough(&holders, push.voters, push.copies_needed);
     Tag {
         number,
         name: push.tag.to_owned(),
         content: push.content.clone(),
-        holders: BTreeSet::from([push.holder]),
+        holders,
         copies_needed: push.copies_needed,
         visible,
         created_ms: state.clock_ms,
@@ -101,6 +104,11 @@ fn check_content(content: &TagContent) -> Result<(), Refusal> {
     check::port_rules(&content.forwards)
 }
 
+/// Copies on members that left, or that have no vote yet, do not make a tag safe.
+fn enough(holders: &BTreeSet<MemberId>, voters: &BTreeSet<MemberId>, needed: u32) -> bool {
+    holders.intersection(voters).count() as u64 >= u64::from(needed)
+}
+
 /// One more verified copy of a tag that exists. A newer push knows the newer member list, so its
 /// number of copies replaces the former one while the tag is not visible.
 fn hold(
@@ -108,6 +116,7 @@ fn hold(
     id: &TemplateId,
     number: u32,
     member: MemberId,
+    voters: &BTreeSet<MemberId>,
     copies_needed: Option<u32>,
 ) -> Applied {
     let now = state.clock_ms;
@@ -121,7 +130,7 @@ fn hold(
     if !after.visible {
         after.copies_needed = copies_needed.unwrap_or(after.copies_needed);
     }
-    if !after.visible && after.holders.len() as u64 >= u64::from(after.copies_needed) {
+    if !after.visible && enough(&after.holders, voters, after.copies_needed) {
         after.visible = true;
         after.visible_ms = Some(now);
     }
@@ -136,20 +145,21 @@ fn hold(
     })
 }
 
+/// Gained, with the voters of now, or lost.
 pub(super) fn report_held(
     state: &mut State,
     id: &TemplateId,
     number: u32,
     manifest: &Digest,
     member: MemberId,
-    held: bool,
+    gained: Option<&BTreeSet<MemberId>>,
 ) -> Applied {
     let tag = state.templates.get(id).and_then(|t| t.tags.get(&number));
     let Some(tag) = tag.filter(|t| &t.content.manifest == manifest) else {
         return Ok(Outcome::Done);
     };
-    if held {
-        hold(state, id, number, member, None)?;
+    if let Some(voters) = gained {
+        hold(state, id, number, member, voters, None)?;
     } else if tag.holders.contains(&member) {
         state.edit_tag(id, number, |t| {
             t.holders.remove(&member);

@@ -7,7 +7,7 @@ use super::key::Key;
 use crate::group::Group;
 use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
 use crate::instance::{Instance, ScriptResult};
-use crate::node::Node;
+use crate::node::{Left, Node};
 use crate::template::{Tag, Template};
 
 impl State {
@@ -53,6 +53,22 @@ impl State {
             self.dirty.insert(Key::Output(id.clone()));
         }
         self.dirty.insert(Key::Instance(id.clone()));
+    }
+
+    /// Remember what may be left of an instance on a node that cannot be asked.
+    pub(crate) fn leave(&mut self, id: &InstanceId, left: Left) {
+        self.forget_left(id);
+        self.dirty.insert(Key::Left(id.clone()));
+        self.index.enter_left(id, &left);
+        self.left.insert(id.clone(), left);
+    }
+
+    /// Nothing of it is left.
+    pub(crate) fn forget_left(&mut self, id: &InstanceId) {
+        if let Some(left) = self.left.remove(id) {
+            self.index.leave_left(id, &left);
+            self.dirty.insert(Key::Left(id.clone()));
+        }
     }
 
     /// Its desired generation is set here.

@@ -4,7 +4,7 @@
 use super::State;
 use crate::ids::{InstanceId, NodeId, TemplateId};
 use crate::instance::Instance;
-use crate::node::Load;
+use crate::node::{Left, Load};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Priority, created at, id: the order of placement.
@@ -21,13 +21,15 @@ pub(super) struct Index {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Occupants {
     ids: BTreeSet<InstanceId>,
+    /// Ended instances of which something may be left there.
+    left: BTreeSet<InstanceId>,
     load: Load,
     /// Images of the instances that were not seen running there yet, and how many want each.
     coming: BTreeMap<TemplateId, BTreeMap<u32, u32>>,
 }
 
 impl Occupants {
-    /// What they take of the node.
+    /// What they, and what is left of others, take of the node.
     pub(crate) fn load(&self) -> Load {
         self.load
     }
@@ -87,6 +89,10 @@ impl Index {
         self.nodes.get(node).into_iter().flat_map(|o| o.ids.iter())
     }
 
+    pub(super) fn left_on(&self, node: &NodeId) -> impl Iterator<Item = &InstanceId> {
+        self.nodes.get(node).into_iter().flat_map(|o| o.left.iter())
+    }
+
     pub(super) fn occupants(&self, node: &NodeId) -> Option<&Occupants> {
         self.nodes.get(node)
     }
@@ -133,7 +139,29 @@ impl Index {
                 occupants.remove_coming(instance);
             }
         }
-        if occupants.ids.is_empty() {
+        self.drop_if_empty(node);
+    }
+
+    pub(super) fn enter_left(&mut self, id: &InstanceId, left: &Left) {
+        let occupants = self.nodes.entry(left.node.clone()).or_default();
+        if occupants.left.insert(id.clone()) {
+            occupants.load = occupants.load.plus(left.load);
+        }
+    }
+
+    pub(super) fn leave_left(&mut self, id: &InstanceId, left: &Left) {
+        let Some(occupants) = self.nodes.get_mut(&left.node) else {
+            return;
+        };
+        if occupants.left.remove(id) {
+            occupants.load = occupants.load.minus(left.load);
+        }
+        self.drop_if_empty(&left.node);
+    }
+
+    fn drop_if_empty(&mut self, node: &NodeId) {
+        let empty = |o: &Occupants| o.ids.is_empty() && o.left.is_empty();
+        if self.nodes.get(node).is_some_and(empty) {
             self.nodes.remove(node);
         }
     }
@@ -145,6 +173,9 @@ impl Index {
         }
         for instance in state.instances.values() {
             index.enter(instance);
+        }
+        for (id, left) in &state.left {
+            index.enter_left(id, left);
         }
         index
     }

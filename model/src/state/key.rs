@@ -13,6 +13,8 @@ pub(super) enum Key {
     Group(GroupId),
     /// `i`: an instance without the two that follow, which are large and change rarely.
     Instance(InstanceId),
+    /// `l`: what may be left of an ended instance on its node.
+    Left(InstanceId),
     /// `n`: a node.
     Node(NodeId),
     /// `o`: the output of an instance's script.
@@ -39,6 +41,7 @@ impl Key {
             Self::Meta => with(b'c', ""),
             Self::Group(id) => with(b'g', id.as_str()),
             Self::Instance(id) => with(b'i', id.as_str()),
+            Self::Left(id) => with(b'l', id.as_str()),
             Self::Node(id) => with(b'n', id.as_str()),
             Self::Output(id) => with(b'o', id.as_str()),
             Self::Recent(slot) => {
@@ -69,6 +72,7 @@ impl Key {
             b'c' if rest.is_empty() => Self::Meta,
             b'g' => Self::Group(text(rest)?.into()),
             b'i' => Self::Instance(text(rest)?.into()),
+            b'l' => Self::Left(text(rest)?.into()),
             b'n' => Self::Node(text(rest)?.into()),
             b'o' => Self::Output(text(rest)?.into()),
             b'r' => Self::Recent(number(rest)?),
@@ -103,6 +107,7 @@ mod tests {
             Key::Recent(2),
             Key::Output("i1".into()),
             Key::Node("n1".into()),
+            Key::Left("i1".into()),
             Key::Instance("i1".into()),
             Key::Instance("i".into()),
             Key::Group("g1".into()),

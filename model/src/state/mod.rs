@@ -13,7 +13,7 @@ use crate::command::Envelope;
 use crate::group::Group;
 use crate::ids::{CommandId, GroupId, InstanceId, NodeId, TemplateId};
 use crate::instance::Instance;
-use crate::node::{Load, Node};
+use crate::node::{Left, Load, Node};
 use crate::outcome::Outcome;
 use crate::template::Template;
 use index::{Index, Occupants};
@@ -35,6 +35,8 @@ pub struct State {
     pub instances: BTreeMap<InstanceId, Instance>,
     /// Nodes by id.
     pub nodes: BTreeMap<NodeId, Node>,
+    /// What may be left on nodes of instances that have ended.
+    pub left: BTreeMap<InstanceId, Left>,
     /// Templates by id.
     pub templates: BTreeMap<TemplateId, Template>,
     /// Node groups by id.
@@ -53,6 +55,7 @@ impl PartialEq for State {
             && self.desired_changes == other.desired_changes
             && self.instances == other.instances
             && self.nodes == other.nodes
+            && self.left == other.left
             && self.templates == other.templates
             && self.groups == other.groups
             && self.recent == other.recent
@@ -95,7 +98,15 @@ impl State {
             .filter_map(|id| self.instances.get(id))
     }
 
-    /// What the instances on a node take of it.
+    /// What a node shall remove of instances that have ended, by instance id: its agent is told
+    /// about it as well.
+    pub fn left_on(&self, node: &NodeId) -> impl Iterator<Item = (&InstanceId, &Left)> {
+        self.index
+            .left_on(node)
+            .filter_map(|id| self.left.get_key_value(id))
+    }
+
+    /// What the instances on a node, and what is left there of former ones, take of it.
     pub fn load(&self, node: &NodeId) -> Load {
         let occupants = self.occupants(node);
         occupants.map(Occupants::load).unwrap_or_default()

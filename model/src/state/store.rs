@@ -50,6 +50,7 @@ impl State {
             .for_each(|id| give(Key::Group(id.clone())));
         let instances = || self.instances.keys().cloned();
         instances().for_each(|id| give(Key::Instance(id)));
+        self.left.keys().for_each(|id| give(Key::Left(id.clone())));
         self.nodes.keys().for_each(|id| give(Key::Node(id.clone())));
         instances().for_each(|id| give(Key::Output(id)));
         self.recent.slots().for_each(|slot| give(Key::Recent(slot)));
@@ -75,6 +76,7 @@ impl State {
                 let instance = self.instances.get(id)?;
                 Some(encode(&InstanceRecord::of(instance)))
             }
+            Key::Left(id) => self.left.get(id).map(encode),
             Key::Node(id) => self.nodes.get(id).map(encode),
             Key::Output(id) => self.instances.get(id)?.script_result.as_ref().map(encode),
             Key::Recent(slot) => {
@@ -123,6 +125,9 @@ impl State {
             Key::Instance(id) => {
                 let record: InstanceRecord<'_> = decode(value)?;
                 self.instances.insert(id.clone(), record.into_instance(id));
+            }
+            Key::Left(id) => {
+                self.left.insert(id, decode(value)?);
             }
             Key::Node(id) => {
                 self.nodes.insert(id, decode(value)?);

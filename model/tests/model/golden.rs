@@ -66,7 +66,7 @@ fn stored_values() {
     }
     assert_eq!(
         tables,
-        "cginorstv".chars().collect(),
+        "cgilnorstv".chars().collect(),
         "a table lacks its sample"
     );
     check_file("stored.txt", &lines);
@@ -387,6 +387,7 @@ fn other_commands() -> Vec<(&'static str, Command)> {
         content: sample::content(9, "amd64"),
         holder: MemberId(0xfeed_beef),
         copies_needed: 2,
+        voters: [MemberId(2), MemberId(0xfeed_beef)].into(),
     };
     let held = Command::ReportHeld {
         template: id(),
@@ -394,6 +395,7 @@ fn other_commands() -> Vec<(&'static str, Command)> {
         manifest: sample::digest(9),
         member: MemberId(2),
         held: true,
+        voters: [MemberId(2), MemberId(0xfeed_beef)].into(),
     };
     let revert = |selector| Command::RevertTemplate { id: id(), selector };
     let change_groups = Command::ChangeNodeGroups {
@@ -504,14 +506,24 @@ fn full_state() -> State {
         observe(ObservedPhase::Failed("exit code -1".into()), 4),
         observe(ObservedPhase::Gone, 4),
         Command::TerminateInstance { id: "i2".into() },
+        Command::Bind {
+            bindings: vec![Binding {
+                instance: "i3".into(),
+                node: "n1".into(),
+                generation: 1,
+            }],
+        },
+        Command::TerminateInstance { id: "i3".into() },
+        named("set-node-reachability"),
         Command::TerminateInstance { id: "i9".into() },
     ];
     for (n, command) in commands.into_iter().enumerate() {
         let outcome = state.apply(&script(n, command));
         let refused = matches!(outcome, Outcome::Refused(_));
-        assert_eq!(refused, n == 15, "command {n}: {outcome:?}");
+        assert_eq!(refused, n == 18, "command {n}: {outcome:?}");
     }
     let instance = &state.instances[&"i1".into()];
     assert!(instance.vm_gone && instance.rejections.len() == 1);
+    assert_eq!(state.left.len(), 1);
     state
 }

@@ -254,6 +254,7 @@ fn observe(r: &mut Random, state: &State) -> Command {
         _ => ObservedPhase::Gone,
     };
     let vm = r.one_in(2).then(|| VmInfo {
+        uuid: if r.one_in(8) { "" } else { "vm" }.into(),
         ip: format!("10.0.0.{}", r.below(3)),
         ..VmInfo::default()
     });
@@ -335,6 +336,10 @@ fn group_command(r: &mut Random) -> Command {
     }
 }
 
+fn voters(r: &mut Random) -> BTreeSet<MemberId> {
+    (0..3).filter(|_| !r.one_in(5)).map(MemberId).collect()
+}
+
 fn template_command(r: &mut Random) -> Command {
     let number = r.below(3);
     let id = format!("t{number}").into();
@@ -350,6 +355,7 @@ fn template_command(r: &mut Random) -> Command {
             content: sample::content(r.below(3) as u8, if r.one_in(8) { "arm64" } else { "" }),
             holder: MemberId(r.below(3)),
             copies_needed: r.below(4) as u32,
+            voters: voters(r),
         },
         6..=8 => Command::ReportHeld {
             template: id,
@@ -357,6 +363,7 @@ fn template_command(r: &mut Random) -> Command {
             manifest: sample::digest(r.below(3) as u8),
             member: MemberId(r.below(3)),
             held: !r.one_in(3),
+            voters: voters(r),
         },
         9 => Command::DeleteTag {
             id,

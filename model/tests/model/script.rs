@@ -11,7 +11,7 @@ use mainstay_model::instance::{Observation, ObservedPhase, ScriptResult, Value, 
 use mainstay_model::node::{CapacityMode, NodeConfig};
 use mainstay_model::{CommandId, Envelope, InstanceId, MemberId, Outcome, State};
 use mainstay_model::{invariants, plan};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 #[test]
@@ -145,6 +145,7 @@ impl Runner {
             same.clock_ms = self.state.clock_ms;
             assert_eq!(same.instances, self.state.instances);
             assert_eq!(same.nodes, self.state.nodes);
+            assert_eq!(same.left, self.state.left);
             assert_eq!(same.templates, self.state.templates);
             assert_eq!(same.groups, self.state.groups);
         }
@@ -280,7 +281,7 @@ impl Runner {
         Command::Bind { bindings }
     }
 
-    /// `observe n1 i1 running [gen=2] [why=..] [ip=..] [exit=0]`.
+    /// `observe n1 i1 running [gen=2] [why=..] [ip=..] [blank] [exit=0]`.
     fn observe_command(&self, args: &Words<'_>) -> Command {
         let id = InstanceId::from(args.bare[1]);
         let present = self.state.instances.get(&id).map_or(0, |i| i.generation);
@@ -296,7 +297,11 @@ impl Runner {
             other => panic!("phase {other}"),
         };
         let vm = args.text("ip").map(|ip| VmInfo {
-            uuid: format!("vm-{id}"),
+            uuid: if args.has("blank") {
+                String::new()
+            } else {
+                format!("vm-{id}")
+            },
             status: "running".into(),
             ip,
             ..VmInfo::default()
@@ -392,6 +397,17 @@ fn value(text: &str) -> Value {
     }
 }
 
+/// Members 1 to 3 unless `voters=1,2` says otherwise.
+fn voters(args: &Words<'_>) -> BTreeSet<MemberId> {
+    match args.get("voters") {
+        Some(_) => {
+            let ids = args.list("voters").into_iter();
+            ids.map(|id| MemberId(id.parse().unwrap())).collect()
+        }
+        None => [1, 2, 3].map(MemberId).into(),
+    }
+}
+
 fn template_command(verb: &str, args: &Words<'_>) -> Command {
     let selector = match (args.text("tag"), args.number("number")) {
         (Some(name), _) => Some(TagSelector::Name(name)),
@@ -407,6 +423,7 @@ fn template_command(verb: &str, args: &Words<'_>) -> Command {
             content: sample::content(seed, args.get("arch").unwrap_or("")),
             holder: MemberId(args.number("holder").unwrap_or(1)),
             copies_needed: args.number("copies").unwrap_or(1),
+            voters: voters(args),
         },
         "held" | "lost-copy" => Command::ReportHeld {
             template: args.bare[0].into(),
@@ -414,6 +431,7 @@ fn template_command(verb: &str, args: &Words<'_>) -> Command {
             manifest: sample::digest(seed),
             member: MemberId(args.number("member").unwrap()),
             held: verb == "held",
+            voters: voters(args),
         },
         "revert" => Command::RevertTemplate {
             id: args.bare[0].into(),
@@ -552,6 +570,13 @@ fn show_node(state: &State, node: &mainstay_model::node::Node) -> String {
     let on: Vec<&str> = state.on_node(&node.id).map(|i| i.id.as_str()).collect();
     if !on.is_empty() {
         write!(out, " on={}", on.join(",")).unwrap();
+    }
+    let left = state.left_on(&node.id);
+    let left: Vec<String> = left
+        .map(|(id, l)| format!("{id}@{}", l.generation))
+        .collect();
+    if !left.is_empty() {
+        write!(out, " left={}", left.join(",")).unwrap();
     }
     out
 }

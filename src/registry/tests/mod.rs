@@ -57,6 +57,9 @@ impl Catalog for Fake {
             outcome => Ok(outcome),
         }
     }
+    async fn members(&self) -> Result<Status, AppError> {
+        Ok(self.0.status.borrow().clone())
+    }
     fn watch(&self) -> watch::Receiver<Status> {
         self.0.status.subscribe()
     }

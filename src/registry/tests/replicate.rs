@@ -178,3 +178,46 @@ async fn a_member_without_room_takes_nothing_until_it_has_some() {
     cluster.shared.full.lock().clear();
     eventually("the third as well", || cluster.holders("t") == 3).await;
 }
+
+/// Member 2 took the first copy and was wiped and replaced by 4 before anyone had another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_copy_of_a_member_that_was_replaced_does_not_count() {
+    let cluster = Cluster::new(3);
+    let mut two = cluster.serve(2, false).await;
+    let image = cluster.file("image");
+    std::fs::write(&image, noise(4, 1 << 20)).unwrap();
+    let spec = PushSpec {
+        wait: Duration::ZERO,
+        ..spec("t", "v1", Durability::Majority)
+    };
+    let first = push(&[&two.url], &image, &spec).await.unwrap();
+    assert!(!first.tag.visible);
+    two.stop();
+    cluster.shared.urls.lock().remove(&MemberId(2));
+    cluster.shared.status.send_modify(|s| {
+        let voter = s.members.remove(&2).unwrap();
+        let learner = MemberStatus {
+            role: Role::Learner,
+            ..voter
+        };
+        s.members.insert(4, learner);
+    });
+    let one = cluster.serve(1, false).await;
+    let again = push(&[&one.url], &image, &spec).await.unwrap();
+    assert_eq!(again.tag.holders.len(), 2);
+    assert!(!again.tag.visible, "one copy is no majority: {again:?}");
+
+    // Nor does a learner's count, before it has its vote.
+    let _four = cluster.serve(4, true).await;
+    eventually("the learner holds it", || cluster.holders("t") == 3).await;
+    let visible = || {
+        let state = cluster.shared.state.lock();
+        let mut tags = state.templates.values().flat_map(|t| t.tags.values());
+        tags.all(|t| t.visible)
+    };
+    assert!(!visible());
+    cluster.shared.status.send_modify(|s| {
+        s.members.get_mut(&4).unwrap().role = Role::Voter;
+    });
+    eventually("its vote makes the majority", visible).await;
+}
