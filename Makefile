@@ -24,6 +24,7 @@ torture:
 	MAINSTAY_KILL_CYCLES=200 cargo test --test process kill_cycles -- --nocapture
 	MAINSTAY_START_ROUNDS=20 cargo test --test process any_start_order -- --nocapture
 	MAINSTAY_PUSH_CUTS=20 cargo test --test process interrupted_push -- --nocapture
+	MAINSTAY_STOP_ROUNDS=10 cargo test --test process clean_stop -- --nocapture
 
 verify:
 	cargo fmt --all -- --check

@@ -189,20 +189,23 @@ async fn a_failing_disk_stops_the_member_and_only_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_command_that_no_machine_understands_stops_every_member() {
+async fn a_command_that_no_machine_understands_stops_who_applies_it() {
     let cluster = Cluster::founded(3, |_| {}).await;
     let write = cluster.nodes[&1]
         .group()
         .propose("poison".into(), Duration::from_secs(5))
         .await;
     assert!(write.is_err());
-    for id in cluster.ids() {
-        eventually("stopped", || {
-            cluster.nodes[&id].group().status().fault.is_some()
-        })
-        .await;
-        let fault = cluster.nodes[&id].group().status().fault.unwrap();
-        assert!(fault.contains("cannot be decoded"), "{fault}");
+    // The leader stops, and the next one. The last may never be told that the entry is committed:
+    // alone it elects nobody.
+    let stopped = || {
+        let faults = cluster.nodes.values().map(|n| n.group().status().fault);
+        let undecodable = |f: &String| f.contains("cannot be decoded");
+        faults.flatten().filter(undecodable).count()
+    };
+    eventually("a majority stopped", || stopped() >= 2).await;
+    for node in cluster.nodes.values() {
+        assert_eq!(node.machine.applied_commands(), 0, "nothing was skipped");
     }
 }
 
