@@ -20,6 +20,12 @@ impl ModelMachine {
 }
 
 impl mainstay_raft::Machine for ModelMachine {
+    fn check(&self, command: &Bytes) -> Result<(), String> {
+        codec::decode_envelope(command)
+            .map(drop)
+            .map_err(|e| format!("a command that this release cannot read: {e}"))
+    }
+
     fn apply(&self, commands: Vec<Bytes>) -> Result<Vec<Bytes>, Fault> {
         // Decoded before the lock is taken: readers wait only for the applying itself.
         let envelopes = commands
@@ -52,5 +58,39 @@ impl mainstay_raft::Machine for ModelMachine {
             .map_err(|e| Fault(format!("cannot read the stored state: {e}")))?;
         *self.state.write() = state;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mainstay_raft::{GroupConfig, Machine};
+
+    #[test]
+    fn what_cannot_be_decoded_is_refused_before_it_is_in_the_log() {
+        let machine = ModelMachine::new(Arc::default());
+        let refused = machine.check(&Bytes::from_static(b"no command"));
+        assert!(refused.is_err_and(|why| why.contains("cannot read")));
+        let envelope = mainstay_model::Envelope {
+            id: crate::stamp::command_id(),
+            stamp_ms: 1,
+            command: mainstay_model::Command::DeleteGroup {
+                id: mainstay_model::GroupId("g".to_owned()),
+            },
+        };
+        let bytes = Bytes::from(codec::encode_envelope(&envelope));
+        assert_eq!(machine.check(&bytes), Ok(()));
+        // It comes from the network: every cut of it is refused as well.
+        for cut in 0..bytes.len() {
+            assert!(machine.check(&bytes.slice(..cut)).is_err(), "{cut}");
+        }
+    }
+
+    /// See `mainstay_raft::group::propose`: those in flight between the look and the append fit too.
+    #[test]
+    fn retries_end_before_commands_are_forgotten() {
+        let retry = GroupConfig::new(1, "c").retry_entries;
+        let recent = mainstay_model::limits::RECENT_COMMANDS as u64;
+        assert!(2 * retry <= recent, "{retry} entries, {recent} commands");
     }
 }
