@@ -6,6 +6,7 @@ pub mod agents;
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod descriptors;
 pub mod founding;
 pub mod http;
 pub mod listen;

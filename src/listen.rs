@@ -21,8 +21,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 use tower::ServiceExt;
 
-/// Open connections per port; more wait in the kernel's queue. Clients of a large fleet keep theirs open.
-pub const CONNECTIONS_MAX: usize = 8192;
 /// An idle connection is kept at least this long (clients reuse them after 100 s), and a request's head
 /// must arrive within it.
 const IDLE_MAX: Duration = Duration::from_secs(150);
@@ -50,14 +48,16 @@ impl Door {
 /// Serve `door` on `listener` until `stop` is true, and then until the last connection has ended: no
 /// more are accepted, requests in flight are answered, idle connections are closed. How long that may
 /// take is the caller's to say, by dropping this.
-/// `between_members`: the port speaks to members, whose silence must be noticed soon.
+/// `between_members`: the port speaks to members, whose silence must be noticed soon. Beyond
+/// `connections` open ones, more wait in the kernel's queue.
 pub async fn serve(
     listener: TcpListener,
     door: Door,
     between_members: bool,
+    connections: usize,
     mut stop: watch::Receiver<bool>,
 ) {
-    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let permits = Arc::new(Semaphore::new(connections));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
             return;
@@ -82,7 +82,7 @@ pub async fn serve(
     }
     empty_queue(listener, &permits, &door, &stop);
     // Every permit is back when every connection has ended.
-    let all = u32::try_from(CONNECTIONS_MAX).unwrap_or(u32::MAX);
+    let all = u32::try_from(connections).unwrap_or(u32::MAX);
     permits.acquire_many(all).await.ok();
 }
 

@@ -16,7 +16,7 @@ use crate::listen::{self, Door};
 use crate::machine::ModelMachine;
 use crate::peer::{self, MemberHttp, Notices, PeerClient, PeerDialer, PeerPort};
 use crate::registry::{self, RegistryService};
-use crate::{agents, cli, http as rest, reconcile, stamp};
+use crate::{agents, cli, descriptors, http as rest, reconcile, stamp};
 use anyhow::{Context, anyhow, bail};
 use axum::Router;
 use axum::http::StatusCode;
@@ -49,9 +49,10 @@ const WAITING_MAX: Duration = Duration::from_millis(500);
 /// Run one member until it is told to stop (`Ok`) or cannot go on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut stop = Stop::new()?;
+    let connections = descriptors::connections_per_port()?;
     let ports = Ports::bind(&config).await?;
     let port = open(config, &ports)?;
-    let (doors, open) = Doors::open(ports, &port);
+    let (doors, open) = Doors::open(ports, &port, connections);
     let cluster_id = tokio::select! {
         founded = founding::found(&port) => founded?,
         () = stop.wanted() => return Ok(()),
@@ -180,13 +181,16 @@ fn open(config: Config, ports: &Ports) -> anyhow::Result<Arc<PeerPort>> {
 
 /// Ports that are served until told otherwise.
 struct Serving {
+    /// Open ones per port.
+    connections: usize,
     stop: watch::Sender<bool>,
     ports: JoinSet<()>,
 }
 
 impl Serving {
-    fn new() -> Self {
+    fn new(connections: usize) -> Self {
         Self {
+            connections,
             stop: watch::Sender::new(false),
             ports: JoinSet::new(),
         }
@@ -194,7 +198,8 @@ impl Serving {
 
     fn serve(&mut self, listener: TcpListener, door: &Door, between_members: bool) {
         let stop = self.stop.subscribe();
-        let port = listen::serve(listener, door.clone(), between_members, stop);
+        let door = door.clone();
+        let port = listen::serve(listener, door, between_members, self.connections, stop);
         self.ports.spawn(port);
     }
 
@@ -221,15 +226,15 @@ struct Doors {
 
 impl Doors {
     /// Open all three: the peer port serves founding at once, the others say why they are not ready.
-    fn open(ports: Ports, port: &Arc<PeerPort>) -> (Self, Open) {
+    fn open(ports: Ports, port: &Arc<PeerPort>, connections: usize) -> (Self, Open) {
         let doors = Self {
             api: Door::new(not_ready(port)),
             registry: Door::new(not_ready(port)),
             peer: Door::new(peer::router(port, Router::new())),
         };
         let mut open = Open {
-            clients: Serving::new(),
-            peers: Serving::new(),
+            clients: Serving::new(connections),
+            peers: Serving::new(connections),
         };
         open.clients.serve(ports.api, &doors.api, false);
         open.clients.serve(ports.registry, &doors.registry, false);
