@@ -223,7 +223,7 @@ mod tests {
         let closed = Arc::new(AtomicBool::new(false));
         let served = {
             let closed = Arc::clone(&closed);
-            let port = serve(listener, Door::new(router), false, stop.subscribe());
+            let port = serve(listener, Door::new(router), false, 64, stop.subscribe());
             tokio::spawn(async move {
                 port.await;
                 closed.store(true, Ordering::SeqCst);
