@@ -39,7 +39,7 @@ fn one_file_names_sled() {
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/engine.rs"));
     let engine = engine.unwrap();
     let lines: Vec<_> = engine.lines().filter(|l| l.contains("sled::")).collect();
-    assert_eq!(lines, ["pub use sled::SledEngine;"]);
+    assert_eq!(lines, ["pub use self::sled::SledEngine;"]);
 }
 
 #[test]
