@@ -204,9 +204,6 @@ async fn a_command_that_no_machine_understands_stops_who_applies_it() {
         faults.flatten().filter(undecodable).count()
     };
     eventually("a majority stopped", || stopped() >= 2).await;
-    for node in cluster.nodes.values() {
-        assert_eq!(node.machine.applied_commands(), 0, "nothing was skipped");
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
