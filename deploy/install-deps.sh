@@ -55,7 +55,9 @@ if [ -z "$wanted" ]; then
 fi
 [ "$(id -u)" = 0 ] || command -v sudo >/dev/null || die "run this as root: $wanted is missing"
 apt update || echo "install-deps: no fresh package lists; trying with the old ones" >&2
+# All of them are named, not only what is missing: else apt may remove one to make room for another
+# (qemu-utils from backports for the release's own qemu-system-x86).
 # shellcheck disable=SC2086 # words on purpose
-add $wanted || from_backports $wanted
+add $packages || from_backports $packages
 [ -z "$(missing)" ] || die "still missing: $(missing)"
 echo "install-deps: done"
