@@ -54,6 +54,7 @@ fn crates_know_only_what_they_may() {
         ("mainstay-raft", &["mainstay-storage"]),
         ("mainstay-agent", &[]),
         ("mainstay-guest", &[]),
+        ("mainstay-checker", &[]),
         (
             "mainstay",
             &[
