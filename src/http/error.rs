@@ -118,6 +118,7 @@ impl From<GroupError> for ApiError {
             GroupError::Stopped(why) => Self::unavailable(format!(
                 "this member has stopped: {why}; try another member"
             )),
+            GroupError::Diverged(why) => Self::unavailable(format!("{why}; try another member")),
             GroupError::Refused(why) => Self::fail(why),
         }
     }

@@ -1,6 +1,7 @@
 //! Three server processes, and agents, under a test's control.
 
 use serde_json::Value;
+use std::collections::hash_map::RandomState;
 use std::fs::File;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -31,12 +32,16 @@ pub(crate) struct Cluster {
     pub(crate) client: reqwest::Client,
 }
 
+/// Below the range that the system hands out by itself: between now and the member's start nobody's
+/// outgoing connection takes it. Random, so that test runs side by side do not meet.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+    loop {
+        let port =
+            10_000 + (std::hash::BuildHasher::hash_one(&RandomState::new(), ()) % 22_000) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 impl Cluster {

@@ -2,6 +2,7 @@
 
 mod admin;
 mod config;
+mod divergence;
 mod propose;
 mod read;
 mod service;
@@ -9,6 +10,7 @@ mod status;
 mod upkeep;
 
 pub use config::GroupConfig;
+pub use divergence::Agreement;
 pub use status::{MemberStatus, Role, Status};
 
 use crate::store::checkpoint::{Checkpointer, Parts};
@@ -58,6 +60,9 @@ pub enum GroupError {
     /// This member has stopped (storage failure, shutdown).
     #[error("this member has stopped: {0}")]
     Stopped(String),
+    /// This member's state is known to be wrong: it answers nothing from it.
+    #[error("{0}")]
+    Diverged(String),
     /// Too much is waiting; try again later.
     #[error("overloaded: {0}")]
     Overloaded(String),
@@ -91,6 +96,7 @@ pub(crate) struct Inner {
     applied: watch::Receiver<u64>,
     leader: watch::Receiver<Option<u64>>,
     status: watch::Receiver<Status>,
+    agreement: watch::Sender<Agreement>,
     reads: read::Reads,
     proposals: Semaphore,
     forwarded: Arc<Semaphore>,
@@ -155,6 +161,7 @@ impl Group {
             applied,
             leader,
             status,
+            agreement: watch::Sender::new(Agreement::default()),
             reads: read::Reads::default(),
             proposals: Semaphore::new(PROPOSALS_MAX),
             forwarded: Arc::new(Semaphore::new(FORWARDED_MAX)),
@@ -164,6 +171,7 @@ impl Group {
         });
         upkeep::spawn(&inner, leader_tx, status_tx);
         read::spawn(&inner);
+        divergence::spawn(&inner);
         Ok(Self {
             _alive: Arc::new(Alive(inner.clone())),
             inner,
@@ -204,6 +212,16 @@ impl Group {
     /// Told of every change of [`Status`] (applied index included); of quick successions, the last.
     pub fn watch(&self) -> watch::Receiver<Status> {
         self.inner.status.clone()
+    }
+
+    /// Whether all members hold the same state, as far as this one can see.
+    pub fn agreement(&self) -> watch::Receiver<Agreement> {
+        self.inner.agreement.subscribe()
+    }
+
+    /// Applied index and the digest of the state there: equal on all members at an equal index.
+    pub fn digest(&self) -> (u64, u64) {
+        self.inner.checkpointer.newest_digest()
     }
 
     /// The members that answered this one within a lease; empty unless this member leads.

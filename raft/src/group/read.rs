@@ -56,6 +56,9 @@ impl Inner {
     pub(super) async fn read_barrier(&self, deadline: Instant) -> Result<u64, GroupError> {
         loop {
             self.check_running()?;
+            if let Some(why) = self.diverged() {
+                return Err(GroupError::Diverged(why));
+            }
             let seen = *self.leader.borrow();
             let index = match seen {
                 Some(_) => self.read_index(deadline).await?,

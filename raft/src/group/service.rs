@@ -64,6 +64,7 @@ impl Service for Requests {
                 Ok(codec::encode(&inner.admin_here(&request).await).into())
             }
             .boxed(),
+            kind::DIGESTS => async move { Ok(inner.digests_for_peer()) }.boxed(),
             other => async move { Err(format!("unknown request {other}")) }.boxed(),
         }
     }

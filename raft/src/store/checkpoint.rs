@@ -24,6 +24,7 @@
 //! * *Failure*: the first error of any of these stops the member; nothing is retried on a disk
 //!   that lied once.
 
+use super::digest::{At, Digests};
 use super::fault::{FaultCell, chain};
 use super::log::LogProgress;
 use crate::codec::Mark;
@@ -91,6 +92,7 @@ pub(crate) struct Checkpointer {
     changed: Arc<Mutex<Changed>>,
     relieved: Arc<Notify>,
     applied: watch::Sender<u64>,
+    digests: Arc<Mutex<Digests>>,
     orders: Mutex<Sender<Order>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -118,14 +120,18 @@ impl Checkpointer {
             .map(Mark::decode)
             .transpose()?
             .unwrap_or_default();
+        let index = mark.applied.map_or(0, |id| id.index);
+        let mut digests = Digests::default();
         if loaded.mark.is_some() {
+            digests = Digests::of(&loaded.entries, index);
             parts
                 .machine
                 .import(loaded.entries)
                 .map_err(|e| io::Error::other(chain(&e)))?;
             drop(parts.machine.take_changes());
         }
-        let applied = watch::Sender::new(mark.applied.map_or(0, |id| id.index));
+        let applied = watch::Sender::new(index);
+        let digests = Arc::new(Mutex::new(digests));
         let changed = Arc::new(Mutex::new(Changed {
             mark,
             ..Changed::default()
@@ -137,6 +143,7 @@ impl Checkpointer {
             changed: changed.clone(),
             relieved: relieved.clone(),
             applied: applied.clone(),
+            digests: digests.clone(),
         };
         let thread = std::thread::Builder::new()
             .name("checkpoint".into())
@@ -145,6 +152,7 @@ impl Checkpointer {
             changed,
             relieved,
             applied,
+            digests,
             orders: Mutex::new(tx),
             thread: Mutex::new(Some(thread)),
         }))
@@ -159,6 +167,16 @@ impl Checkpointer {
         self.applied.subscribe()
     }
 
+    /// Digests of the state, now and at positions that other members remember as well.
+    pub(crate) fn digests(&self) -> Vec<At> {
+        self.digests.lock().all()
+    }
+
+    /// The newest of them.
+    pub(crate) fn newest_digest(&self) -> At {
+        self.digests.lock().newest()
+    }
+
     /// Record what a batch changed and how far it went.
     pub(crate) fn record(
         &self,
@@ -166,6 +184,7 @@ impl Checkpointer {
         applied: LogId,
         membership: Option<StoredMembership>,
     ) {
+        self.digests.lock().follow(&changes, applied.index);
         let nudge = {
             let mut changed = self.changed.lock();
             let before = changed.bytes;
@@ -237,6 +256,7 @@ struct Worker {
     changed: Arc<Mutex<Changed>>,
     relieved: Arc<Notify>,
     applied: watch::Sender<u64>,
+    digests: Arc<Mutex<Digests>>,
 }
 
 impl Worker {
@@ -352,11 +372,13 @@ impl Worker {
                 .adopt(&file, &name)
                 .map_err(|e| fail(&e))?;
         }
+        let index = mark.applied.map_or(0, |id| id.index);
+        let digests = Digests::of(&entries, index);
         self.parts
             .engine
             .replace(&mut entries.into_iter(), &meta)
             .map_err(|e| fail(&e))?;
-        let index = mark.applied.map_or(0, |id| id.index);
+        *self.digests.lock() = digests;
         *self.changed.lock() = Changed {
             mark,
             ..Changed::default()

@@ -2,6 +2,7 @@
 //! [`Machine`], what they changed to the checkpointer. Knows no disk.
 
 use super::checkpoint::{Checkpointer, Install};
+use super::digest;
 use super::fault::FaultCell;
 use super::snapshot::{Builder, Snapshot, SnapshotData, name, open_current};
 use crate::machine::Machine;
@@ -35,6 +36,12 @@ struct Batch {
 }
 
 impl Batch {
+    /// Is it as long as it may get? Also where members compare their states: all must stop there.
+    fn ends(&self) -> bool {
+        let shared = |id: LogId| id.index.is_multiple_of(digest::EVERY);
+        self.waiting.len() >= BATCH || self.last.is_some_and(shared)
+    }
+
     fn push(&mut self, entry: Entry, responder: Option<ApplyResponder<Types>>) {
         self.last = Some(entry.log_id);
         let is_command = match entry.payload {
@@ -130,7 +137,7 @@ impl RaftStateMachine<Types> for StateMachine {
         while let Some(item) = entries.next().await {
             let (entry, responder) = item?;
             batch.push(entry, responder);
-            if batch.waiting.len() >= BATCH {
+            if batch.ends() {
                 self.run(std::mem::take(&mut batch))?;
                 self.checkpointer.relief(&self.fault).await?;
             }

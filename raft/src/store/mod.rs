@@ -1,6 +1,7 @@
 //! What consensus keeps: the log, the applied state, snapshots. Knows no peer.
 
 pub(crate) mod checkpoint;
+pub(crate) mod digest;
 pub(crate) mod fault;
 #[cfg(test)]
 mod holes;

@@ -30,6 +30,7 @@ pub(crate) mod kind {
     pub(crate) const SNAPSHOT_BEGIN: u8 = 9;
     pub(crate) const SNAPSHOT_DATA: u8 = 10;
     pub(crate) const SNAPSHOT_END: u8 = 11;
+    pub(crate) const DIGESTS: u8 = 12;
     /// The answer; its payload depends on the request.
     pub(crate) const ANSWER: u8 = 128;
     /// The request could not be served; the payload says why.

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod chaos;
+mod divergence;
 mod faults;
 mod membership;
 mod reads_and_writes;
