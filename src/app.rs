@@ -77,6 +77,8 @@ impl App {
         if consistency == Consistency::Linearizable {
             self.group.read_barrier(REQUEST_DEADLINE).await?;
         }
+        // Also the oldest state must be one that the members agreed on.
+        self.group.check_agreement()?;
         Ok(self.state.read())
     }
 

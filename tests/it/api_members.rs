@@ -4,6 +4,7 @@
 use crate::cluster::Cluster;
 use axum::body::Body;
 use http::Request;
+use mainstay_model::{Command, CommandId, Envelope};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -187,5 +188,48 @@ async fn before_it_is_a_cluster_a_member_says_so() {
         (&json!("c1"), &json!(false))
     );
     assert_eq!(cluster.get(0, "/api/v1/members").await.body(), json!([]));
+    cluster.stop().await;
+}
+
+/// A bug on one member alone: it applied what the others did not.
+#[tokio::test]
+async fn a_member_with_another_state_answers_nothing_from_it() {
+    let cluster = Cluster::start(3).await;
+    cluster.template(&["v1"]).await;
+    let leader = cluster.leader().await;
+    let odd = (leader + 1) % 3;
+    let rogue = Envelope {
+        id: CommandId(1),
+        stamp_ms: 1,
+        command: Command::DeleteTemplate { id: "t1".into() },
+    };
+    cluster.members[odd].state.write().apply(&rogue);
+    cluster.node().await;
+    let mut seen = cluster.members[odd].group.agreement();
+    let judged = seen.wait_for(|seen| seen.diverged);
+    let judged = tokio::time::timeout(Duration::from_secs(20), judged).await;
+    assert!(judged.is_ok_and(|seen| seen.is_ok()), "never judged");
+    for path in ["/api/v1/vm", "/api/v1/vm?consistency=stale", "/readyz"] {
+        let (status, text) = cluster.get(odd, path).await.refusal();
+        assert_eq!(status, 503, "{path}");
+        assert!(text.contains("mainstay member repair"), "{path}: {text}");
+    }
+    let row = cluster.get(odd, "/api/v1/cluster/status").await.body();
+    assert!(row["errors"].to_string().contains("diverged"), "{row}");
+    let page = cluster.get(odd, "/metrics").await;
+    assert!(page.text().contains("mainstay_state_diverged 1\n"));
+    assert!(!page.text().contains("mainstay_templates"));
+    // The others go on, and say who it is.
+    let mut named = cluster.members[leader].group.agreement();
+    let named = named.wait_for(|seen| !seen.differing.is_empty());
+    let named = tokio::time::timeout(Duration::from_secs(20), named).await;
+    assert!(named.is_ok_and(|seen| seen.is_ok()), "never named");
+    let row = cluster.get(leader, "/api/v1/cluster/status").await.body();
+    let text = format!("members hold another state than this one: c{}", odd + 1);
+    assert_eq!(row["errors"], json!([text]));
+    assert_eq!(cluster.get(leader, "/readyz").await.status, 200);
+    let page = cluster.get(leader, "/metrics").await;
+    assert!(page.text().contains("mainstay_state_diverged 0\n"));
+    assert!(page.text().contains("mainstay_templates 1\n"));
     cluster.stop().await;
 }

@@ -41,6 +41,8 @@ pub struct Cluster {
 pub struct Peer {
     pub id: u64,
     pub group: Group,
+    /// What it applies to and reads.
+    pub state: Arc<RwLock<State>>,
     pub app: App,
     pub api: Router,
 }
@@ -143,11 +145,12 @@ impl Cluster {
             .await
             .unwrap();
             network.attach(id, group.clone());
-            let app = App::new(group.clone(), state);
+            let app = App::new(group.clone(), Arc::clone(&state));
             let api = router(ApiState::new(app.clone(), Liveness::new(), about(id)));
             members.push(Peer {
                 id,
                 group,
+                state,
                 app,
                 api,
             });

@@ -219,6 +219,13 @@ impl Group {
         self.inner.agreement.subscribe()
     }
 
+    /// Refused when this member's state is known not to be the group's: nothing may be answered from it.
+    pub fn check_agreement(&self) -> Result<(), GroupError> {
+        self.inner
+            .diverged()
+            .map_or(Ok(()), |why| Err(GroupError::Diverged(why)))
+    }
+
     /// Applied index and the digest of the state there: equal on all members at an equal index.
     pub fn digest(&self) -> (u64, u64) {
         self.inner.checkpointer.newest_digest()

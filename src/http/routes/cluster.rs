@@ -6,7 +6,7 @@ use crate::http::envelope;
 use axum::extract::State;
 use axum::response::Response;
 use mainstay_model::MemberId;
-use mainstay_raft::{MemberStatus, Role, Status};
+use mainstay_raft::{Agreement, MemberStatus, Role, Status};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -82,12 +82,29 @@ pub(super) async fn status(State(api): State<ApiState>) -> Response {
         term: status.term,
         index: status.last_log,
         applied: status.applied,
-        errors: errors(&status),
+        errors: errors(&status, &api.app.group().agreement().borrow()),
     })
 }
 
-fn errors(status: &Status) -> Vec<String> {
+fn errors(status: &Status, agreement: &Agreement) -> Vec<String> {
     let mut errors = Vec::new();
+    let name = |id: &u64| {
+        let at = status.members.get(id);
+        at.map_or_else(|| MemberId(*id).to_string(), |at| at.member.name.clone())
+    };
+    if agreement.diverged {
+        errors.push(
+            "diverged: this member's state is not that of the others; it answers nothing from it: \
+             stop it and run `mainstay member repair`"
+                .to_owned(),
+        );
+    } else if !agreement.differing.is_empty() {
+        let names: Vec<_> = agreement.differing.keys().map(name).collect();
+        errors.push(format!(
+            "members hold another state than this one: {}",
+            names.join(", ")
+        ));
+    }
     if let Some(fault) = &status.fault {
         errors.push(format!("stopped: {fault}"));
     } else if status.members.is_empty() {

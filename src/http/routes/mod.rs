@@ -4,6 +4,7 @@ mod cluster;
 mod group;
 mod health;
 mod instance;
+mod metrics;
 mod node;
 mod template;
 
@@ -24,6 +25,7 @@ pub(super) fn all() -> Router<ApiState> {
     Router::new()
         .route("/livez", get(health::alive))
         .route("/readyz", get(health::ready))
+        .route("/metrics", get(metrics::metrics))
         .route("/config/v1/auth", get(health::login_methods))
         .route("/api/v1/status", get(health::status))
         .route("/api/v1/stats", get(health::stats))
