@@ -5,7 +5,7 @@ export CARGO_TERM_COLOR ?= always
 help:
 	@echo "make demo     a three-member cloud with a real VM on this machine, and a leader killed"
 	@echo "make test     every test but the long forms"
-	@echo "make torture  the long forms: kill -9 cycles, start orders, cut pushes"
+	@echo "make torture  the long forms: kill -9 cycles, start orders, cut pushes, histories under faults"
 	@echo "make verify   format, lints, documentation; edits nothing"
 	@echo "make fix      what of that can be repaired by a tool"
 	@echo "make bench    the figures in docs"
@@ -25,6 +25,9 @@ torture:
 	MAINSTAY_START_ROUNDS=20 cargo test --test process any_start_order -- --nocapture
 	MAINSTAY_PUSH_CUTS=20 cargo test --test process interrupted_push -- --nocapture
 	MAINSTAY_STOP_ROUNDS=10 cargo test --test process clean_stop -- --nocapture
+	MAINSTAY_LEADER_KILLS=100 MAINSTAY_LEADER_STOPS=30 cargo test --test process leader_kills -- --nocapture
+	MAINSTAY_SCHEDULES=200 cargo test --test process histories_under_faults -- --nocapture
+	cargo test --features seeded-bugs --test process seeded -- --nocapture
 
 verify:
 	cargo fmt --all -- --check

@@ -2,6 +2,9 @@
 //!
 //! See ARCHITECTURE.md for the code map.
 
+#[cfg(all(feature = "seeded-bugs", not(debug_assertions)))]
+compile_error!("seeded bugs are for tests: never build a release with them");
+
 pub mod agents;
 pub mod app;
 pub mod cli;

@@ -48,6 +48,10 @@ const WAITING_MAX: Duration = Duration::from_millis(500);
 
 /// Run one member until it is told to stop (`Ok`) or cannot go on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    #[cfg(feature = "seeded-bugs")]
+    if std::env::var("MAINSTAY_SEEDED_BUG").is_ok_and(|bug| bug == "double-apply") {
+        mainstay_model::seeded::forget_commands();
+    }
     let mut stop = Stop::new()?;
     let connections = descriptors::connections_per_port()?;
     let ports = Ports::bind(&config).await?;

@@ -18,6 +18,8 @@ pub mod limits;
 pub mod node;
 pub mod outcome;
 pub mod plan;
+#[cfg(feature = "seeded-bugs")]
+pub mod seeded;
 pub mod state;
 pub mod template;
 

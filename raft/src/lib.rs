@@ -17,6 +17,8 @@
 mod codec;
 pub mod group;
 pub mod machine;
+#[cfg(feature = "seeded-bugs")]
+mod seeded;
 mod store;
 pub mod transport;
 mod types;

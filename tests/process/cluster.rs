@@ -11,12 +11,19 @@ use std::time::{Duration, Instant};
 /// The binary under test.
 pub(crate) const BIN: &str = env!("CARGO_BIN_EXE_mainstay");
 
+/// The binary of servers and command lines: `MAINSTAY_TEST_BINARY` names another build of it.
+fn binary() -> String {
+    std::env::var("MAINSTAY_TEST_BINARY").unwrap_or_else(|_| BIN.to_owned())
+}
+
 /// One server: its addresses outlive its process.
 pub(crate) struct Member {
     pub(crate) name: String,
     pub(crate) api: String,
     pub(crate) registry: String,
     pub(crate) peer: String,
+    /// What the member list says instead of `peer`, if something stands before it.
+    pub(crate) advertised: Option<String>,
     pub(crate) data: PathBuf,
     child: Option<Child>,
 }
@@ -28,6 +35,8 @@ pub(crate) struct Cluster {
     pub(crate) token: String,
     /// Further flags of every server.
     pub(crate) flags: Vec<&'static str>,
+    /// Environment of every server, beyond the test's own.
+    pub(crate) environment: Vec<(&'static str, String)>,
     agents: Vec<(String, Child)>,
     pub(crate) client: reqwest::Client,
 }
@@ -56,6 +65,7 @@ impl Cluster {
             api: format!("127.0.0.1:{}", free_port()),
             registry: format!("127.0.0.1:{}", free_port()),
             peer: format!("127.0.0.1:{}", free_port()),
+            advertised: None,
             data: dir.path().join(format!("c{}", n + 1)),
             child: None,
         };
@@ -69,6 +79,7 @@ impl Cluster {
             members,
             token: "test-token".to_owned(),
             flags: Vec::new(),
+            environment: Vec::new(),
             agents: Vec::new(),
             client,
         }
@@ -86,17 +97,20 @@ impl Cluster {
 
     /// The member list as the command line takes it.
     pub(crate) fn list(&self) -> String {
-        let each = self
-            .members
-            .iter()
-            .map(|m| format!("{}=http://{}", m.name, m.peer));
+        let each = self.members.iter().map(|m| {
+            format!(
+                "{}=http://{}",
+                m.name,
+                m.advertised.as_ref().unwrap_or(&m.peer)
+            )
+        });
         each.collect::<Vec<_>>().join(",")
     }
 
     /// The command that runs member `n`, for tests that want to change it.
     pub(crate) fn server_command(&self, n: usize) -> Command {
         let m = &self.members[n];
-        let mut command = Command::new(BIN);
+        let mut command = Command::new(binary());
         command
             .args([
                 "server",
@@ -117,6 +131,7 @@ impl Cluster {
             .arg("--data-dir")
             .arg(&m.data)
             .args(&self.flags)
+            .envs(self.environment.iter().map(|(k, v)| (k, v)))
             .stdin(Stdio::null());
         command
     }
@@ -148,6 +163,26 @@ impl Cluster {
         let mut child = self.members[n].child.take().expect("the member runs");
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    /// Send a signal by name to the process of member `n`.
+    pub(crate) fn signal(&self, n: usize, signal: &str) {
+        let child = self.members[n].child.as_ref().expect("the member runs");
+        let told = Command::new("kill")
+            .args([format!("-{signal}"), child.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(told.success());
+    }
+
+    /// Is the process of member `n` stopped by a signal?
+    pub(crate) fn paused(&self, n: usize) -> bool {
+        let child = self.members[n].child.as_ref().expect("the member runs");
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+        // The state stands behind the name, which may hold anything.
+        stat.rsplit(") ")
+            .next()
+            .is_some_and(|rest| rest.starts_with('T'))
     }
 
     /// SIGTERM, as a service manager stops it: the member ends by itself, cleanly, within a bound.
@@ -220,12 +255,13 @@ impl Cluster {
 
     /// Run the command line against all members.
     pub(crate) fn cli(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(BIN);
+        let mut command = Command::new(binary());
         command
             .args(args)
             .args(["--endpoints", &self.endpoints()])
             .stdin(Stdio::null());
-        command.output().expect("the command line runs")
+        // Other tasks of the test, such as the links between members, must go on meanwhile.
+        tokio::task::block_in_place(|| command.output()).expect("the command line runs")
     }
 
     /// The same, which must succeed; its standard output.
@@ -304,7 +340,7 @@ impl Cluster {
     /// Start an agent with these extra arguments; its data directory survives restarts by name.
     pub(crate) fn start_agent(&mut self, name: &str, extra: &[&str]) {
         let log = self.log_file(name);
-        let mut command = Command::new(BIN);
+        let mut command = Command::new(binary());
         command
             .args([
                 "node",

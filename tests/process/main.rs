@@ -11,6 +11,8 @@ mod clean_stop;
 mod cluster;
 mod journey;
 mod kills;
+mod leader_kills;
+mod linear;
 mod load;
 mod node_loss;
 mod push;

@@ -69,6 +69,9 @@ impl GroupConfig {
             enable_pre_vote: Some(true),
             // The committed mark is written lazily: a restarted leader must be elected again.
             enable_leader_restore: Some(false),
+            // Or a leader stops when it sees that a follower has lost entries.
+            #[cfg(feature = "seeded-bugs")]
+            allow_log_reversion: Some(crate::seeded::bug("lost-write")),
             ..openraft::Config::default()
         }
         .validate()

@@ -299,6 +299,8 @@ async fn load(id: u64, parts: Parts, log: LogStore) -> Result<Arc<Checkpointer>,
         let snapshots = parts.snapshots.clone();
         let checkpointer = Checkpointer::start(parts).map_err(fail)?;
         let mark = checkpointer.mark();
+        #[cfg(feature = "seeded-bugs")]
+        crate::seeded::lose_tail(&log, &mark);
         if lost::lost(&log, &mark, &snapshots).map_err(fail)? {
             // So that it has let go of the engine when the caller hears of it.
             checkpointer.stop(false);

@@ -54,6 +54,10 @@ pub(super) fn spawn(inner: &Arc<Inner>) {
 
 impl Inner {
     pub(super) async fn read_barrier(&self, deadline: Instant) -> Result<u64, GroupError> {
+        #[cfg(feature = "seeded-bugs")]
+        if crate::seeded::bug("stale-read") && !self.leads() {
+            return Ok(*self.applied.borrow());
+        }
         loop {
             self.check_running()?;
             if let Some(why) = self.diverged() {
@@ -123,6 +127,10 @@ impl Inner {
 
     /// The leader's side of a round.
     async fn confirm_leadership(&self) -> Outcome {
+        #[cfg(feature = "seeded-bugs")]
+        if crate::seeded::bug("lease-read") {
+            return Some(*self.applied.borrow());
+        }
         match self.raft.get_read_log_id(ReadPolicy::ReadIndex).await {
             Ok((read, _)) => Some(read.index()),
             Err(RaftError::APIError(

@@ -133,6 +133,16 @@ impl LogStore {
         state.last.max(state.purged.map(|(index, _)| index))
     }
 
+    /// Lose what comes after `index`, and wait until it is lost.
+    #[cfg(feature = "seeded-bugs")]
+    pub(crate) fn forget_after(&self, index: u64) {
+        let ticket = self.shared.progress.issue();
+        self.shared
+            .log
+            .truncate_after(Some(index), self.done(ticket));
+        self.shared.progress.wait(ticket);
+    }
+
     /// Bytes of entries appended since this process started.
     pub(crate) fn appended_bytes(&self) -> u64 {
         self.shared.appended.load(Ordering::Relaxed)
