@@ -63,7 +63,9 @@ pub(crate) async fn equal(cluster: &Cluster, field: &Field) {
 }
 
 async fn applied(cluster: &Cluster, n: usize) -> Option<u64> {
-    row(cluster, n).await?["applied"].as_u64()
+    let row = row(cluster, n).await?;
+    assert_eq!(row["errors"], Value::Array(Vec::new()), "{row}");
+    row["applied"].as_u64()
 }
 
 async fn views(field: &Field, cluster: &Cluster, n: usize) -> Option<Vec<Value>> {
