@@ -21,6 +21,8 @@ pub const MEMBERS_MAX: usize = 9;
 pub const NODE_UNREACHABLE_MS: u64 = 20_000;
 /// Default silence after which a node is lost.
 pub const NODE_LEASE_MS: u64 = 120_000;
+/// Default time for which the way back to the previous release stays open.
+pub const FEATURE_GRACE_S: u64 = 3_600;
 /// Heartbeats come four times as often, and an election takes about a second.
 const NODE_UNREACHABLE_MS_MIN: u64 = 2_000;
 
@@ -82,6 +84,10 @@ pub struct ServerArgs {
     /// [default: 120000]
     #[arg(long, env = "MAINSTAY_NODE_LEASE_MS", value_name = "MS")]
     pub node_lease_ms: Option<u64>,
+    /// Features of a new release are switched on when every member has supported them for so long;
+    /// until then the way back to the previous release is open [default: 3600]
+    #[arg(long, env = "MAINSTAY_FEATURE_GRACE_S", value_name = "SECONDS")]
+    pub feature_grace_s: Option<u64>,
     /// Answer browsers that show pages of other origins [default: false]
     #[arg(long, env = "MAINSTAY_ALLOW_CORS", num_args = 0..=1, require_equals = true,
         default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
@@ -127,6 +133,8 @@ pub struct Config {
     pub node_unreachable: Duration,
     /// Silence after which it is lost; longer.
     pub node_lease: Duration,
+    /// How long every member has supported a feature before it is switched on.
+    pub feature_grace: Duration,
     /// Answer cross-origin requests of browsers.
     pub allow_cors: bool,
     /// Log lines.
@@ -175,6 +183,7 @@ impl ServerArgs {
             peer_listen: address("--peer-listen", args.peer_listen.as_deref(), port)?,
             token: args.token()?,
             advertise_host: args.advertise_host.clone().unwrap_or(host),
+            feature_grace: Duration::from_secs(args.feature_grace_s.unwrap_or(FEATURE_GRACE_S)),
             allow_cors: args.allow_cors.unwrap_or(false),
             log_format: args.log_format.unwrap_or_default(),
             name,
@@ -203,6 +212,7 @@ impl ServerArgs {
             advertise_host: self.advertise_host.or(file.advertise_host),
             node_unreachable_ms: self.node_unreachable_ms.or(file.node_unreachable_ms),
             node_lease_ms: self.node_lease_ms.or(file.node_lease_ms),
+            feature_grace_s: self.feature_grace_s.or(file.feature_grace_s),
             allow_cors: self.allow_cors.or(file.allow_cors),
             log_format: self.log_format.or(file.log_format),
             config: None,

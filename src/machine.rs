@@ -2,6 +2,7 @@
 //! nothing of who proposed or of disks.
 
 use bytes::Bytes;
+use mainstay_model::feature::SUPPORTED;
 use mainstay_model::{State, codec};
 use mainstay_raft::machine::{Change, Fault};
 use parking_lot::RwLock;
@@ -21,9 +22,15 @@ impl ModelMachine {
 
 impl mainstay_raft::Machine for ModelMachine {
     fn check(&self, command: &Bytes) -> Result<(), String> {
-        codec::decode_envelope(command)
-            .map(drop)
-            .map_err(|e| format!("a command that this release cannot read: {e}"))
+        let envelope = codec::decode_envelope(command)
+            .map_err(|e| format!("a command that this release cannot read: {e}"))?;
+        let needs = envelope.command.needs();
+        if needs > 0 && needs > self.state.read().features {
+            return Err(format!(
+                "not yet: this needs feature level {needs}, which is switched on once every member runs a release that supports it"
+            ));
+        }
+        Ok(())
     }
 
     fn apply(&self, commands: Vec<Bytes>) -> Result<Vec<Bytes>, Fault> {
@@ -38,6 +45,7 @@ impl mainstay_raft::Machine for ModelMachine {
             .iter()
             .map(|envelope| state.apply(envelope))
             .collect();
+        supported(&state)?;
         drop(state);
         Ok(outcomes
             .iter()
@@ -56,9 +64,21 @@ impl mainstay_raft::Machine for ModelMachine {
     fn import(&self, entries: Vec<(Vec<u8>, Vec<u8>)>) -> Result<(), Fault> {
         let state = State::import(entries.into_iter())
             .map_err(|e| Fault(format!("cannot read the stored state: {e}")))?;
+        supported(&state)?;
         *self.state.write() = state;
         Ok(())
     }
+}
+
+/// A member that does not know what the others do would hold another state than they.
+fn supported(state: &State) -> Result<(), Fault> {
+    if state.features <= SUPPORTED {
+        return Ok(());
+    }
+    Err(Fault(format!(
+        "the cluster uses features of level {}, this release supports {SUPPORTED}: start the release that the other members run",
+        state.features
+    )))
 }
 
 #[cfg(test)]

@@ -377,7 +377,7 @@ impl Member {
             Arc::new(app.clone()),
             stores.chunks,
             MemberId(id),
-            Arc::new(peers),
+            Arc::new(peers.clone()),
             cli::VERSION.to_owned(),
         );
         let mut tasks = JoinSet::new();
@@ -392,7 +392,11 @@ impl Member {
         let reconcilers = reconcile::spawn(
             app.clone(),
             liveness.clone(),
-            reconcile::ReconcileConfig::new(unreachable, lease),
+            peers,
+            reconcile::ReconcileConfig {
+                feature_grace: port.config.feature_grace,
+                ..reconcile::ReconcileConfig::new(unreachable, lease)
+            },
         );
         let api = ApiState::new(app, liveness, about);
         Ok(Self {

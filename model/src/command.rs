@@ -172,6 +172,12 @@ pub enum Command {
         /// In or out.
         member: bool,
     },
+    /// Every member supports the features up to this level: use them from now on. A level is never
+    /// taken back. Idempotent.
+    SetFeatures {
+        /// See [`crate::feature`].
+        level: u32,
+    },
 }
 
 /// One placement decision.

@@ -10,6 +10,7 @@
 pub mod apply;
 pub mod codec;
 pub mod command;
+pub mod feature;
 pub mod group;
 pub mod ids;
 pub mod instance;

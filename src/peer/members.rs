@@ -5,6 +5,7 @@ use mainstay_model::MemberId;
 use mainstay_raft::Group;
 
 /// [`crate::registry::PeerHttp`] over the peer ports of this cluster.
+#[derive(Clone)]
 pub struct MemberHttp {
     client: PeerClient,
     group: Group,
@@ -17,8 +18,9 @@ impl MemberHttp {
     }
 }
 
-impl crate::registry::PeerHttp for MemberHttp {
-    fn request(
+impl MemberHttp {
+    /// A request to a member of the group; `None`: there is no such member.
+    pub fn request(
         &self,
         method: reqwest::Method,
         member: MemberId,
@@ -27,5 +29,16 @@ impl crate::registry::PeerHttp for MemberHttp {
         let status = self.group.status();
         let base = &status.members.get(&member.0)?.member.peer_url;
         Some(self.client.request(method, &format!("{base}{path}")))
+    }
+}
+
+impl crate::registry::PeerHttp for MemberHttp {
+    fn request(
+        &self,
+        method: reqwest::Method,
+        member: MemberId,
+        path: &str,
+    ) -> Option<reqwest::RequestBuilder> {
+        self.request(method, member, path)
     }
 }

@@ -6,6 +6,7 @@
 //! POST /peer/v1/hello      Hello -> HelloReply            token
 //! POST /peer/v1/founding   FoundingCall -> FoundingReply  token
 //! POST /peer/v1/join       Hello -> JoinReply             token, same cluster
+//! GET  /peer/v1/release    -> Release                     token, same cluster
 //! GET  /peer/v1/raft       Upgrade: mainstay-raft         token, same cluster
 //! POST /peer/v1/nodes      (agents::exchange)             token, same cluster
 //! *    (transfer routes)                                  token, same cluster
@@ -16,6 +17,7 @@ pub mod auth;
 pub mod client;
 pub mod dial;
 pub mod members;
+pub mod release;
 mod routes;
 pub mod wire;
 

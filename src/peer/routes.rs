@@ -2,7 +2,7 @@
 
 use super::auth::{self, refuse};
 use super::wire::{FoundingCall, FoundingReply, Hello, HelloReply, JoinReply};
-use super::{PeerPort, admission, dial};
+use super::{PeerPort, admission, dial, release};
 use crate::founding::LedgerError;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -27,6 +27,7 @@ const BARRIER_TIMEOUT: Duration = Duration::from_secs(3);
 pub fn router(port: &Arc<PeerPort>, others: Router) -> Router {
     let members: Router = Router::new()
         .route("/peer/v1/join", post(join))
+        .route(release::PATH, get(release::own))
         .route(dial::RAFT_PATH, get(raft))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .with_state(Arc::clone(port))

@@ -18,7 +18,8 @@ pub(super) async fn run(app: App, config: ReconcileConfig) {
             .await
             .map(|state| ended(&state, retention_ms, stamp::now_ms()))
         else {
-            return;
+            sleep(config.expire_every).await;
+            continue;
         };
         let full = ids.len() == EXPIRE_MAX;
         if !ids.is_empty() {

@@ -32,7 +32,7 @@ pub(super) async fn run(app: App, liveness: Liveness, config: ReconcileConfig) {
         }
         let verdicts = {
             let Ok(state) = app.read(Consistency::Stale).await else {
-                return;
+                continue;
             };
             judge.look(&state, awake, &|node| liveness.seq(node))
         };

@@ -5,13 +5,16 @@
 //! * `schedule`: waiting instances get a node.
 //! * `judge`: nodes that are not heard become unreachable, then lost; the verdicts are pure.
 //! * `expire`: ended instances are forgotten.
+//! * `features`: what a new release brings is switched on once every member supports it.
 
 mod expire;
+mod features;
 mod judge;
 mod schedule;
 
 use crate::agents::Liveness;
 use crate::app::App;
+use crate::peer::MemberHttp;
 use std::time::Duration;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -30,6 +33,8 @@ pub struct ReconcileConfig {
     pub expire_every: Duration,
     /// Most decisions in one `Bind`.
     pub bind_max: usize,
+    /// Every member has supported a feature for so long before it is switched on.
+    pub feature_grace: Duration,
     /// The scheduler looks again after this time even if nothing changed.
     pub schedule_every: Duration,
 }
@@ -55,17 +60,24 @@ impl Default for ReconcileConfig {
             retention: Duration::from_secs(60),
             expire_every: Duration::from_secs(2),
             bind_max: 512,
+            feature_grace: Duration::from_secs(3600),
             schedule_every: Duration::from_secs(1),
         }
     }
 }
 
 /// Start all reconcilers of this member; they act while it leads. Aborting the handle ends them.
-pub fn spawn(app: App, liveness: Liveness, config: ReconcileConfig) -> JoinHandle<()> {
+pub fn spawn(
+    app: App,
+    liveness: Liveness,
+    members: MemberHttp,
+    config: ReconcileConfig,
+) -> JoinHandle<()> {
     tokio::spawn(async move {
         let mut all = JoinSet::new();
         all.spawn(schedule::run(app.clone(), config));
         all.spawn(judge::run(app.clone(), liveness, config));
+        all.spawn(features::run(app.clone(), members, config));
         all.spawn(expire::run(app, config));
         while let Some(ended) = all.join_next().await {
             if let Err(error) = ended {

@@ -25,6 +25,8 @@ pub(crate) struct Member {
     /// What the member list says instead of `peer`, if something stands before it.
     pub(crate) advertised: Option<String>,
     pub(crate) data: PathBuf,
+    /// The release it runs.
+    pub(crate) binary: PathBuf,
     child: Option<Child>,
 }
 
@@ -67,6 +69,7 @@ impl Cluster {
             peer: format!("127.0.0.1:{}", free_port()),
             advertised: None,
             data: dir.path().join(format!("c{}", n + 1)),
+            binary: binary().into(),
             child: None,
         };
         let members = (0..count).map(member).collect();
@@ -110,7 +113,7 @@ impl Cluster {
     /// The command that runs member `n`, for tests that want to change it.
     pub(crate) fn server_command(&self, n: usize) -> Command {
         let m = &self.members[n];
-        let mut command = Command::new(binary());
+        let mut command = Command::new(&m.binary);
         command
             .args([
                 "server",
@@ -212,6 +215,12 @@ impl Cluster {
             .child
             .as_mut()
             .and_then(|c| c.try_wait().unwrap())
+    }
+
+    /// The process of member `n` has ended by itself, as was expected.
+    pub(crate) fn reap(&mut self, n: usize) {
+        let mut child = self.members[n].child.take().expect("the member ran");
+        assert!(child.try_wait().unwrap().is_some(), "it still runs");
     }
 
     /// Is it running, as far as this test knows?

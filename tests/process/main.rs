@@ -17,6 +17,7 @@ mod load;
 mod node_loss;
 mod push;
 mod refused;
+mod upgrade;
 
 use tokio::sync::{Mutex, MutexGuard};
 

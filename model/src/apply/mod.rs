@@ -79,6 +79,10 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
         Command::RevertTemplate { id, selector } => template::revert(state, id, selector.as_ref()),
         Command::DeleteTag { id, selector } => template::delete_tag(state, id, selector),
         Command::Noop => Ok(Outcome::Done),
+        Command::SetFeatures { level } => {
+            state.raise_features(*level);
+            Ok(Outcome::Done)
+        }
         Command::PutGroup { group } => group::put(state, group),
         Command::DeleteGroup { id } => group::delete(state, id),
         Command::ChangeNodeGroups {

@@ -156,6 +156,13 @@ impl State {
         }
     }
 
+    pub(crate) fn raise_features(&mut self, level: u32) {
+        if level > self.features {
+            self.features = level;
+            self.dirty.insert(Key::Features);
+        }
+    }
+
     pub(crate) fn put_group(&mut self, group: Group) {
         self.dirty.insert(Key::Group(group.id.clone()));
         self.groups.insert(group.id.clone(), group);

@@ -9,6 +9,8 @@ use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
 pub(super) enum Key {
     /// `c`: the clock.
     Meta,
+    /// `f`: the level of the commands in use; absent at level 0.
+    Features,
     /// `g`: a node group.
     Group(GroupId),
     /// `i`: an instance without the two that follow, which are large and change rarely.
@@ -39,6 +41,7 @@ impl Key {
         };
         match self {
             Self::Meta => with(b'c', ""),
+            Self::Features => with(b'f', ""),
             Self::Group(id) => with(b'g', id.as_str()),
             Self::Instance(id) => with(b'i', id.as_str()),
             Self::Left(id) => with(b'l', id.as_str()),
@@ -70,6 +73,7 @@ impl Key {
         let number = |b: &[u8]| b.try_into().map(u32::from_be_bytes).map_err(|_| bad());
         Ok(match table {
             b'c' if rest.is_empty() => Self::Meta,
+            b'f' if rest.is_empty() => Self::Features,
             b'g' => Self::Group(text(rest)?.into()),
             b'i' => Self::Instance(text(rest)?.into()),
             b'l' => Self::Left(text(rest)?.into()),
@@ -111,6 +115,7 @@ mod tests {
             Key::Instance("i1".into()),
             Key::Instance("i".into()),
             Key::Group("g1".into()),
+            Key::Features,
             Key::Meta,
         ];
         for key in &keys {
@@ -128,6 +133,7 @@ mod tests {
             b"x",
             b"i",
             b"c1",
+            b"f1",
             b"r123",
             b"vt",
             b"v\0\0\0\0\0",

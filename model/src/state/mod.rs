@@ -31,6 +31,8 @@ pub type Change = (Vec<u8>, Option<Vec<u8>>);
 pub struct State {
     /// State clock: the greatest stamp applied so far.
     pub clock_ms: u64,
+    /// Level of the commands in use, see [`crate::feature`].
+    pub features: u32,
     /// Instances by id.
     pub instances: BTreeMap<InstanceId, Instance>,
     /// Nodes by id.
@@ -52,6 +54,7 @@ pub struct State {
 impl PartialEq for State {
     fn eq(&self, other: &Self) -> bool {
         self.clock_ms == other.clock_ms
+            && self.features == other.features
             && self.desired_changes == other.desired_changes
             && self.instances == other.instances
             && self.nodes == other.nodes

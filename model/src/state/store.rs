@@ -45,6 +45,7 @@ impl State {
             }
         };
         give(Key::Meta);
+        give(Key::Features);
         self.groups
             .keys()
             .for_each(|id| give(Key::Group(id.clone())));
@@ -71,6 +72,7 @@ impl State {
                 clock_ms: self.clock_ms,
                 desired_changes: self.desired_changes,
             })),
+            Key::Features => (self.features > 0).then(|| encode(&self.features)),
             Key::Group(id) => self.groups.get(id).map(encode),
             Key::Instance(id) => {
                 let instance = self.instances.get(id)?;
@@ -119,6 +121,7 @@ impl State {
                 self.clock_ms = meta.clock_ms;
                 self.desired_changes = meta.desired_changes;
             }
+            Key::Features => self.features = decode(value)?,
             Key::Group(id) => {
                 self.groups.insert(id, decode(value)?);
             }

@@ -31,7 +31,7 @@ fn commands() {
         variants.insert(bytes[1 + 17 + 9]);
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
-    assert_eq!(variants, (0..20).collect(), "a command lacks its sample");
+    assert_eq!(variants, (0..21).collect(), "a command lacks its sample");
     compare("commands.txt", &lines, |bytes| {
         decode_envelope(bytes).map(|e| encode_envelope(&e))
     });
@@ -66,7 +66,7 @@ fn stored_values() {
     }
     assert_eq!(
         tables,
-        "cgilnorstv".chars().collect(),
+        "cfgilnorstv".chars().collect(),
         "a table lacks its sample"
     );
     check_file("stored.txt", &lines);
@@ -426,6 +426,7 @@ fn other_commands() -> Vec<(&'static str, Command)> {
         ("put-group", Command::PutGroup { group }),
         ("delete-group", Command::DeleteGroup { id: "g1".into() }),
         ("change-node-groups", change_groups),
+        ("set-features", Command::SetFeatures { level: 300 }),
     ]
 }
 
@@ -516,6 +517,7 @@ fn full_state() -> State {
         Command::TerminateInstance { id: "i3".into() },
         named("set-node-reachability"),
         Command::TerminateInstance { id: "i9".into() },
+        named("set-features"),
     ];
     for (n, command) in commands.into_iter().enumerate() {
         let outcome = state.apply(&script(n, command));

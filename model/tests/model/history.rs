@@ -332,6 +332,9 @@ fn group_command(r: &mut Random) -> Command {
             groups: vec![id(r)],
             member: r.one_in(2),
         },
+        _ if r.one_in(4) => Command::SetFeatures {
+            level: r.below(3) as u32,
+        },
         _ => Command::DeleteGroup { id: id(r) },
     }
 }

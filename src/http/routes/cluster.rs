@@ -6,6 +6,7 @@ use crate::http::envelope;
 use axum::extract::State;
 use axum::response::Response;
 use mainstay_model::MemberId;
+use mainstay_model::feature::SUPPORTED;
 use mainstay_raft::{Agreement, MemberStatus, Role, Status};
 use serde::Serialize;
 
@@ -61,6 +62,8 @@ struct StatusRow<'a> {
     term: u64,
     index: u64,
     applied: u64,
+    /// Feature level that this member supports.
+    features: u32,
     errors: Vec<String>,
 }
 
@@ -82,6 +85,7 @@ pub(super) async fn status(State(api): State<ApiState>) -> Response {
         term: status.term,
         index: status.last_log,
         applied: status.applied,
+        features: SUPPORTED,
         errors: errors(&status, &api.app.group().agreement().borrow()),
     })
 }

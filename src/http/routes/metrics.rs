@@ -105,6 +105,8 @@ fn cloud(page: &mut Page, cloud: &Cloud) {
     }
     let by_state: Vec<_> = by_state.iter().map(|(l, n)| (l.as_str(), *n)).collect();
     page.gauges("instances", "Instances by state.", &by_state);
+    let level = "Feature level in use.";
+    page.gauge("features", level, cloud.features.into());
     page.gauge("nodes", "Nodes.", cloud.nodes.len() as u64);
     let templates = cloud.templates.values().filter(|t| t.latest().is_some());
     page.gauge("templates", "Visible templates.", templates.count() as u64);
