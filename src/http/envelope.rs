@@ -47,6 +47,12 @@ pub fn ok<T: Serialize + ?Sized>(body: &T) -> Response {
     })
 }
 
+/// `OK` with what was looked for, or "Not found": an answer like any other, so that a stale one can
+/// say how stale it is.
+pub fn found<T: Serialize>(body: Option<T>) -> Response {
+    body.map_or_else(|| ApiError::not_found().into_response(), |body| ok(&body))
+}
+
 /// `OK` without a body.
 pub fn done() -> Response {
     json(&Success::<()> {

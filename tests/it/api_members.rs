@@ -128,6 +128,16 @@ async fn without_a_quorum_there_is_an_answer_in_time() {
         .parse()
         .unwrap();
     assert!(Duration::from_millis(age) <= begin.elapsed() + Duration::from_secs(20));
+    // "Not found" is no truth about now either, and says so.
+    for path in ["vm", "registry/vm", "node", "group"] {
+        let path = format!("/api/v1/{path}?id=nobody&consistency=stale");
+        let nothing = cluster.get(0, &path).await;
+        assert_eq!(nothing.refusal(), (200, "Not found".to_owned()), "{path}");
+        assert!(
+            nothing.headers.contains_key("x-mainstay-age-ms-max"),
+            "{path}"
+        );
+    }
     assert_eq!(cluster.get(0, "/livez").await.status, 200);
     let row = cluster.get(0, "/api/v1/cluster/status").await.body();
     assert_eq!(

@@ -34,9 +34,11 @@ pub(crate) async fn push_small_template(cluster: &Cluster, name: &str) -> String
     };
     let of = ["--tag", "v1", "--disk", disk, "--arch", arch];
     cluster.cli_ok(&[&["template", "push", name], &of[..]].concat());
-    template_id(cluster, name)
-        .await
-        .expect("a pushed template is listed")
+    let limit = Duration::from_secs(30);
+    until("a pushed template is listed", limit, || {
+        template_id(cluster, name)
+    })
+    .await
 }
 
 /// Id of a template by name, seen through member 0 or the next that runs.

@@ -17,9 +17,7 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
     let groups = &reading.view().state.groups;
     let response = match id {
         None => envelope::ok(&groups.values().map(GroupView::new).collect::<Vec<_>>()),
-        Some(id) => envelope::ok(&GroupView::new(
-            groups.get(&id).ok_or_else(ApiError::not_found)?,
-        )),
+        Some(id) => envelope::found(groups.get(&id).map(GroupView::new)),
     };
     Ok(reading.finish(response))
 }

@@ -17,12 +17,8 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
     let response = match id {
         None => envelope::ok(&InstanceList(view)),
         Some(id) => {
-            let instance = view
-                .state
-                .instances
-                .get(&id)
-                .ok_or_else(ApiError::not_found)?;
-            envelope::ok(&InstanceView::new(view, instance).explained(view, instance))
+            let instance = view.state.instances.get(&id);
+            envelope::found(instance.map(|i| InstanceView::new(view, i).explained(view, i)))
         }
     };
     Ok(reading.finish(response))

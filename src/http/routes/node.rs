@@ -17,11 +17,13 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
     let id = call.text("id")?.map(NodeId);
     let reading = api.read(&call).await?;
     let view = reading.view();
-    let only = match id {
-        None => None,
-        Some(id) => Some(view.state.nodes.get(&id).ok_or_else(ApiError::not_found)?),
+    let response = match id {
+        None => envelope::ok(&NodeList { view, only: None }),
+        Some(id) => {
+            let only = view.state.nodes.get(&id);
+            envelope::found(only.map(|_| NodeList { view, only }))
+        }
     };
-    let response = envelope::ok(&NodeList { view, only });
     Ok(reading.finish(response))
 }
 

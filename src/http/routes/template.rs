@@ -17,10 +17,7 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
     let state = reading.view().state;
     let response = match id {
         None => envelope::ok(&TemplateList { state, short }),
-        Some(id) => {
-            let template = state.templates.get(&id).and_then(TemplateView::new);
-            envelope::ok(&template.ok_or_else(ApiError::not_found)?)
-        }
+        Some(id) => envelope::found(state.templates.get(&id).and_then(TemplateView::new)),
     };
     Ok(reading.finish(response))
 }

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 /// The value of a key that was never written.
 pub const ABSENT: u32 = 0;
 
-/// Metadata of one instance: a few keys, written some at a time and read all at once.
+/// Keys with values, some of them written or read at once.
 #[derive(Clone, Copy, Debug)]
 pub struct Registers;
 
@@ -16,8 +16,8 @@ pub struct Registers;
 pub enum RegistersOp {
     /// Set these keys (by number), each to a value of its own.
     Write(Vec<(usize, u32)>),
-    /// The value of every key.
-    Read(Vec<u32>),
+    /// The values of these keys.
+    Read(Vec<(usize, u32)>),
 }
 
 impl Model for Registers {
@@ -26,7 +26,10 @@ impl Model for Registers {
 
     fn apply(&self, state: &Vec<u32>, op: &RegistersOp) -> Option<Vec<u32>> {
         match op {
-            RegistersOp::Read(seen) => (seen == state).then(|| state.clone()),
+            RegistersOp::Read(seen) => seen
+                .iter()
+                .all(|(key, value)| state.get(*key) == Some(value))
+                .then(|| state.clone()),
             RegistersOp::Write(pairs) => {
                 let mut after = state.clone();
                 for (key, value) in pairs {
@@ -49,7 +52,7 @@ impl Registers {
         let seen: HashSet<u32> = history
             .iter()
             .filter_map(|interval| match &interval.op {
-                RegistersOp::Read(values) => Some(values.iter().copied()),
+                RegistersOp::Read(pairs) => Some(pairs.iter().map(|(_, value)| *value)),
                 RegistersOp::Write(_) => None,
             })
             .flatten()

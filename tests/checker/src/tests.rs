@@ -24,7 +24,7 @@ fn write(value: u32) -> RegistersOp {
 }
 
 fn read(value: u32) -> RegistersOp {
-    RegistersOp::Read(vec![value])
+    RegistersOp::Read(vec![(0, value)])
 }
 
 fn one(history: &[Interval<RegistersOp>]) -> Verdict {
@@ -100,12 +100,29 @@ fn without_an_answer_it_happens_later_or_never() {
 #[test]
 fn keys_of_one_write_move_together() {
     let both = RegistersOp::Write(vec![(0, 7), (1, 8)]);
-    let seen = |a, b| RegistersOp::Read(vec![a, b]);
+    let seen = |a, b| RegistersOp::Read(vec![(0, a), (1, b)]);
     let start = vec![ABSENT; 2];
     let torn = [at(0, 9, both.clone()), at(1, 2, seen(7, ABSENT))];
     let whole = [at(0, 9, both), at(1, 2, seen(7, 8))];
     assert!(!check(&Registers, &start, &torn, Limit::default()).is_linearizable());
     assert!(check(&Registers, &start, &whole, Limit::default()).is_linearizable());
+}
+
+#[test]
+fn two_keys_can_be_right_each_and_wrong_together() {
+    // Each key alone is fine; but who saw the second write had to see the first.
+    let history = |late| {
+        [
+            at(0, 9, write(7)),
+            at(10, 11, RegistersOp::Write(vec![(1, 8)])),
+            at(2, 99, RegistersOp::Read(vec![(0, late), (1, 8)])),
+        ]
+    };
+    let judge = |history: &[_]| {
+        check(&Registers, &vec![ABSENT; 2], history, Limit::default()).is_linearizable()
+    };
+    assert!(judge(&history(7)));
+    assert!(!judge(&history(ABSENT)));
 }
 
 #[test]
@@ -266,7 +283,7 @@ fn mutate(dice: &mut Dice, history: &mut [Interval<RegistersOp>]) {
     match dice.below(3) {
         0 => {
             if let RegistersOp::Read(values) = &mut interval.op {
-                values[0] = other;
+                values[0].1 = other;
             }
         }
         1 => interval.invoked = interval.returned.unwrap_or(interval.invoked + 20),

@@ -2,7 +2,7 @@
 //! down what it was told. Knows no fault.
 
 use super::field::{Answer, CREATED, Call, Field, http, send};
-use super::history::{Event, Glance, History, KEYS, Made, What};
+use super::history::{Event, Glance, History, KEYS, MISSING, Made, What};
 use crate::Dice;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -60,7 +60,7 @@ pub(crate) async fn read_all(field: &Arc<Field>) -> History {
             seen: History::default(),
         };
         for instance in 0..field.instances.len() {
-            last.read(instance, false).await;
+            last.read(instance).await;
         }
         for pile in 0..field.piles.len() {
             last.count(pile).await;
@@ -102,8 +102,8 @@ impl Client {
             let instance = self.dice.below(self.field.instances.len() as u64) as usize;
             match self.dice.below(100) {
                 0..40 => self.write(instance).await,
-                40..72 => self.read(instance, false).await,
-                72..82 => self.read(instance, true).await,
+                40..72 => self.read(instance).await,
+                72..82 => self.read_stale(instance).await,
                 82..90 => self.list().await,
                 _ => self.create().await,
             }
@@ -179,7 +179,7 @@ impl Client {
                     self.field.acknowledged[member].fetch_add(1, Ordering::SeqCst);
                     return (Change::Done(body), member, maybe + 1);
                 }
-                Answer::Refused(why) => {
+                Answer::Refused(why, _) => {
                     let text = format!("{method} {path} through member {member}: {why}");
                     self.seen.surprises.push(text);
                     return (Change::Unknown, member, maybe + 1);
@@ -303,21 +303,10 @@ impl Client {
     }
 
     /// Read; what was seen, or `None` without an answer.
-    async fn look(
-        &mut self,
-        member: usize,
-        path: &str,
-    ) -> Option<(Value, Option<u64>, Option<u64>)> {
-        let call = Call {
-            method: "GET",
-            path,
-            body: None,
-            key: None,
-            timeout: self.timeout,
-        };
-        match self.call(member, call).await {
-            Answer::Done(body, applied, age) => Some((body, applied, age)),
-            Answer::Refused(why) => {
+    async fn look(&mut self, member: usize, path: &str) -> Option<Value> {
+        match self.call(member, self.get(path)).await {
+            Answer::Done(body, _) => Some(body),
+            Answer::Refused(why, _) => {
                 let text = format!("GET {path} through member {member}: {why}");
                 self.seen.surprises.push(text);
                 None
@@ -326,41 +315,61 @@ impl Client {
         }
     }
 
-    async fn read(&mut self, instance: usize, stale: bool) {
-        let member = self.some_member();
-        let mut path = format!("/api/v1/vm?id={}", self.field.instances[instance]);
-        if stale {
-            path.push_str("&consistency=stale");
+    fn get<'a>(&self, path: &'a str) -> Call<'a> {
+        Call {
+            method: "GET",
+            path,
+            body: None,
+            key: None,
+            timeout: self.timeout,
         }
+    }
+
+    async fn read(&mut self, instance: usize) {
+        let member = self.some_member();
+        let path = format!("/api/v1/vm?id={}", self.field.instances[instance]);
+        let invoked = self.field.now();
+        if let Some(body) = self.look(member, &path).await {
+            let returned = Some(self.field.now());
+            let what = What::Read(instance, Field::values(&body));
+            self.record(member, invoked, returned, what);
+        }
+    }
+
+    /// Everything acknowledged longer ago than the age is in a stale answer: it is a read that may
+    /// have begun that much earlier (and a millisecond, which the header cuts off).
+    async fn read_stale(&mut self, instance: usize) {
+        let member = self.some_member();
+        let id = &self.field.instances[instance];
+        let path = format!("/api/v1/vm?id={id}&consistency=stale");
         let process = self.field.process[member].load(Ordering::SeqCst);
-        let mut invoked = self.field.now();
-        let Some((body, applied, age)) = self.look(member, &path).await else {
-            return;
+        let invoked = self.field.now();
+        let (values, age) = match self.call(member, self.get(&path)).await {
+            Answer::Done(body, age) => (Field::values(&body), age),
+            // A member that has just joined does not know it yet.
+            Answer::Refused(_, age) => (vec![MISSING; KEYS], age),
+            _ => return,
         };
         let returned = self.field.now();
-        if stale {
-            let same = process == self.field.process[member].load(Ordering::SeqCst);
-            if let Some(applied) = applied.filter(|_| same) {
-                self.seen.glances.push(Glance {
-                    process: (member, process),
-                    invoked,
-                    returned,
-                    applied,
-                });
-            }
-            // Everything acknowledged longer ago than the age is in it: it is a read that may have
-            // begun that much earlier (and a millisecond, which the header cuts off).
-            let Some(age_ms) = age else { return };
-            invoked = invoked.saturating_sub((age_ms + 1) * 1000);
+        let same = process == self.field.process[member].load(Ordering::SeqCst);
+        if let Some(applied) = age.applied.filter(|_| same) {
+            self.seen.glances.push(Glance {
+                process: (member, process),
+                invoked,
+                returned,
+                applied,
+            });
         }
-        let what = What::Read(instance, Field::values(&body));
-        self.record(member, invoked, Some(returned), what);
+        if let Some(ms_max) = age.ms_max {
+            let begun = invoked.saturating_sub((ms_max + 1) * 1000);
+            self.record(member, begun, Some(returned), What::Read(instance, values));
+        }
     }
 
     async fn list(&mut self) {
         let member = self.some_member();
         let invoked = self.field.now();
-        if let Some((body, ..)) = self.look(member, "/api/v1/vm").await {
+        if let Some(body) = self.look(member, "/api/v1/vm").await {
             let returned = Some(self.field.now());
             let (registers, counts) = self.field.list(&body);
             self.record(member, invoked, returned, What::List(registers, counts));
@@ -371,7 +380,7 @@ impl Client {
         let member = self.some_member();
         let path = format!("/api/v1/registry/vm?id={}", self.field.piles[pile].0);
         let invoked = self.field.now();
-        let (body, ..) = self.look(member, &path).await?;
+        let body = self.look(member, &path).await?;
         let left = body["versions"].as_array().map_or(0, Vec::len) as u32;
         let returned = Some(self.field.now());
         self.record(member, invoked, returned, What::Count(pile, left));

@@ -34,13 +34,20 @@ pub(crate) struct Field {
     numbers: AtomicU32,
 }
 
+/// The headers of a stale read.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Age {
+    pub(crate) applied: Option<u64>,
+    pub(crate) ms_max: Option<u64>,
+}
+
 /// What an answer says.
 #[derive(Debug)]
 pub(crate) enum Answer {
-    /// Done; the envelope's body, and the headers of a stale read.
-    Done(Value, Option<u64>, Option<u64>),
+    /// Done; the envelope's body.
+    Done(Value, Age),
     /// Understood and refused.
-    Refused(String),
+    Refused(String, Age),
     /// Nothing was changed, for certain.
     Nothing,
     /// The connection broke before an answer came.
@@ -148,17 +155,17 @@ pub(crate) async fn send(client: &reqwest::Client, api: &str, call: Call<'_>) ->
     };
     let status = answer.status().as_u16();
     let header = |name| answer.headers().get(name)?.to_str().ok()?.parse().ok();
-    let (applied, age) = (
-        header("x-mainstay-applied-index"),
-        header("x-mainstay-age-ms-max"),
-    );
+    let age = Age {
+        applied: header("x-mainstay-applied-index"),
+        ms_max: header("x-mainstay-age-ms-max"),
+    };
     let Ok(text) = answer.text().await else {
         return Answer::Dropped;
     };
-    sort(status, &text, applied, age)
+    sort(status, &text, age)
 }
 
-fn sort(status: u16, text: &str, applied: Option<u64>, age: Option<u64>) -> Answer {
+fn sort(status: u16, text: &str, age: Age) -> Answer {
     let Ok(mut envelope) = serde_json::from_str::<Value>(text) else {
         return Answer::Unknown;
     };
@@ -170,8 +177,8 @@ fn sort(status: u16, text: &str, applied: Option<u64>, age: Option<u64>) -> Answ
         "this member has stopped",
     ];
     match status {
-        200 if envelope["status"] == "OK" => Answer::Done(envelope["body"].take(), applied, age),
-        200 | 400..=499 => Answer::Refused(format!("{status} {message}")),
+        200 if envelope["status"] == "OK" => Answer::Done(envelope["body"].take(), age),
+        200 | 400..=499 => Answer::Refused(format!("{status} {message}"), age),
         503 if nothing.iter().any(|text| message.contains(text)) => Answer::Nothing,
         _ => Answer::Unknown,
     }

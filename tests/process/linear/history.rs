@@ -7,6 +7,7 @@ use mainstay_checker::models::{
 use mainstay_checker::{Interval, Limit, Model, Verdict, check};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::ops::Range;
 
 /// Metadata keys of an instance that clients write.
 pub(crate) const KEYS: usize = 3;
@@ -146,11 +147,14 @@ impl History {
             violations: self.surprises.clone(),
             ..Judgement::default()
         };
+        let start = vec![ABSENT; KEYS * instances];
         for n in 0..instances {
-            let part = Registers::without_unseen(self.registers(n));
-            let start = vec![ABSENT; KEYS];
+            let part = Registers::without_unseen(self.registers(n..n + 1));
             judgement.judge(&format!("instance {n}"), &Registers, &start, &part);
         }
+        // Lists show several instances at once: each being right does not make a list right.
+        let whole = Registers::without_unseen(self.registers(0..instances));
+        judgement.judge("all instances", &Registers, &start, &whole);
         for (n, start) in piles.iter().enumerate() {
             judgement.judge(&format!("pile {n}"), &Pile, start, &self.pile(n));
         }
@@ -175,11 +179,26 @@ impl History {
         self.events.iter().filter_map(interval).collect()
     }
 
-    fn registers(&self, n: usize) -> Vec<Interval<RegistersOp>> {
+    /// What was done to these instances; their keys are numbered one instance after the other.
+    fn registers(&self, which: Range<usize>) -> Vec<Interval<RegistersOp>> {
+        let key = |instance: usize, key: usize| instance * KEYS + key;
+        let seen = |instance: usize, values: &[u32]| {
+            let values = values.iter().enumerate();
+            let pairs: Vec<_> = values.map(|(k, v)| (key(instance, k), *v)).collect();
+            pairs
+        };
         self.part(|what| match what {
-            What::Write(at, pairs) if *at == n => Some(RegistersOp::Write(pairs.clone())),
-            What::Read(at, values) if *at == n => Some(RegistersOp::Read(values.clone())),
-            What::List(all, _) => Some(RegistersOp::Read(all[n].clone())),
+            What::Write(at, pairs) if which.contains(at) => {
+                let pairs = pairs.iter().map(|(k, v)| (key(*at, *k), *v));
+                Some(RegistersOp::Write(pairs.collect()))
+            }
+            What::Read(at, values) if which.contains(at) => {
+                Some(RegistersOp::Read(seen(*at, values)))
+            }
+            What::List(all, _) => {
+                let pairs = which.clone().flat_map(|n| seen(n, &all[n]));
+                Some(RegistersOp::Read(pairs.collect()))
+            }
             _ => None,
         })
     }
@@ -307,7 +326,9 @@ mod tests {
             What::Read(0, vec![MISSING; KEYS]),
         ] {
             let judgement = judge(with(wrong.clone()), one());
-            assert_eq!(judgement.violations.len(), 1, "{wrong:?}: {judgement:?}");
+            let found = &judgement.violations;
+            let whole = found.iter().filter(|v| v.starts_with("all instances"));
+            assert_eq!(found.len() - whole.count(), 1, "{wrong:?}: {judgement:?}");
         }
         // Sent twice without a key: two are what was asked for, three are not.
         let twice = || vec![made(1, false, 2)];

@@ -44,6 +44,8 @@ const PILE_TAGS: u32 = 80;
 const PUBLISHING: usize = 8;
 /// Violations of one schedule that are printed; all of them are in its history.
 const SHOWN: usize = 3;
+/// A step of making the cluster: the machine may be busy with other things.
+const SETUP_MAX: Duration = Duration::from_secs(60);
 /// A schedule that takes longer hangs.
 const SCHEDULE_MAX: Duration = Duration::from_secs(240);
 
@@ -52,6 +54,7 @@ pub(crate) struct Outcome {
     pub(crate) done: Vec<Done>,
     pub(crate) judgement: Judgement,
     pub(crate) healed: Duration,
+    pub(crate) judged: Duration,
     pub(crate) took: Duration,
     /// Where the history is, if it is worth a look.
     pub(crate) saved: Option<PathBuf>,
@@ -147,12 +150,15 @@ async fn schedule(
         );
     }
     let tags: Vec<u32> = field.piles.iter().map(|(_, tags)| *tags).collect();
+    let judging = Instant::now();
     let judgement = history.judge(field.instances.len(), &tags);
+    let judged = judging.elapsed();
     let saved = (!judgement.clean()).then(|| save(seed, &history, &cluster));
     Outcome {
         done,
         judgement,
         healed,
+        judged,
         took: begin.elapsed(),
         saved,
     }
@@ -173,7 +179,7 @@ async fn start(bug: Option<&'static str>) -> (Cluster, Links) {
     }
     cluster.wait_ready(&[0, 1, 2]).await;
     nemesis::name(&cluster, &links, &[0, 1, 2]).await;
-    until("three voters", Duration::from_secs(30), || async {
+    until("three voters", SETUP_MAX, || async {
         let members = cluster.call(0, "GET", "/api/v1/members", None).await.ok()?;
         let members = members.as_array()?;
         (members.len() == 3 && members.iter().all(|m| m["role"] == "voter")).then_some(())
@@ -188,10 +194,13 @@ async fn furnish(cluster: &Cluster) -> Field {
     let apis = cluster.members.iter().map(|m| m.api.clone()).collect();
     let mut field = Field::new(apis, template.clone());
     let body = json!({"vmid": template, "count": INSTANCES, "external_id": "written"});
-    let ids = cluster.call(0, "POST", "/api/v1/vm", Some(body)).await;
-    field.instances = serde_json::from_value(ids.unwrap()).unwrap();
+    field.instances = until("instances to write to", SETUP_MAX, || async {
+        let ids = cluster.call(0, "POST", "/api/v1/vm", Some(body.clone()));
+        serde_json::from_value(ids.await.ok()?).ok()
+    })
+    .await;
     let path = format!("/api/v1/registry/vm?id={template}");
-    let manifest = until("all hold the bytes", Duration::from_secs(30), || async {
+    let manifest = until("all hold the bytes", SETUP_MAX, || async {
         let shown = cluster.call(0, "GET", &path, None).await.ok()?;
         let tag = &shown["versions"][0];
         (tag["holders"].as_array()?.len() == 3).then_some(())?;
@@ -218,13 +227,17 @@ async fn pile(cluster: &Cluster, name: &str, manifest: &str) -> String {
             durability: Durability::One,
             ..PublishRequest::default()
         };
-        let sent = cluster.client.post(&url).json(&request).send();
-        async move {
-            let answer = sent.await.unwrap().json::<serde_json::Value>().await;
-            let answer = answer.unwrap();
-            assert_eq!(answer["body"]["visible"], true, "{answer}");
-            answer["body"]["template_id"].as_str().unwrap().to_owned()
-        }
+        let url = &url;
+        // Published twice, a tag with the same content is the same tag.
+        let attempt = move || {
+            let sent = cluster.client.post(url).json(&request).send();
+            async {
+                let answer: serde_json::Value = sent.await.ok()?.json().await.ok()?;
+                (answer["body"]["visible"] == true).then_some(())?;
+                Some(answer["body"]["template_id"].as_str()?.to_owned())
+            }
+        };
+        async move { until("a tag is published", SETUP_MAX, attempt).await }
     };
     let ids = futures::stream::iter(0..PILE_TAGS).map(publish);
     let ids: Vec<String> = ids.buffer_unordered(PUBLISHING).collect().await;
