@@ -1,6 +1,7 @@
 //! What one member is told: flags, environment, file, defaults, in that order. Every mistake is a
 //! sentence that says what to write instead. Opens nothing, listens nowhere.
 
+use crate::space::{self, LowDisk};
 use clap::{Args, ValueEnum};
 use mainstay_raft::Member;
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,11 @@ pub const NODE_LEASE_MS: u64 = 120_000;
 pub const FEATURE_GRACE_S: u64 = 3_600;
 /// Heartbeats come four times as often, and an election takes about a second.
 const NODE_UNREACHABLE_MS_MIN: u64 = 2_000;
+
+/// Default length of the log after which a snapshot is made.
+pub const SNAPSHOT_LOG_BYTES: u64 = 64 << 20;
+/// With less, a member does nothing but snapshots.
+const SNAPSHOT_LOG_BYTES_MIN: u64 = 64 << 10;
 
 /// A mistake in the configuration, as a sentence.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -88,6 +94,13 @@ pub struct ServerArgs {
     /// until then the way back to the previous release is open [default: 3600]
     #[arg(long, env = "MAINSTAY_FEATURE_GRACE_S", value_name = "SECONDS")]
     pub feature_grace_s: Option<u64>,
+    /// A snapshot is made after so much log, and the log before it is dropped [default: 64MiB]
+    #[arg(long, env = "MAINSTAY_SNAPSHOT_LOG", value_name = "SIZE")]
+    pub snapshot_log: Option<String>,
+    /// Free room on the disk below which this member takes no pushes, a size or a part of the disk;
+    /// below half of it, it hands over the lead [default: 5%, at most 2GiB]
+    #[arg(long, env = "MAINSTAY_LOW_DISK", value_name = "SIZE")]
+    pub low_disk: Option<String>,
     /// Answer browsers that show pages of other origins [default: false]
     #[arg(long, env = "MAINSTAY_ALLOW_CORS", num_args = 0..=1, require_equals = true,
         default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
@@ -135,6 +148,10 @@ pub struct Config {
     pub node_lease: Duration,
     /// How long every member has supported a feature before it is switched on.
     pub feature_grace: Duration,
+    /// Bytes of log after which a snapshot is made.
+    pub snapshot_log_bytes: u64,
+    /// Free room below which pushes are refused.
+    pub low_disk: LowDisk,
     /// Answer cross-origin requests of browsers.
     pub allow_cors: bool,
     /// Log lines.
@@ -174,6 +191,11 @@ impl ServerArgs {
         Ok(Config {
             node_unreachable,
             node_lease,
+            snapshot_log_bytes: args.snapshot_log_bytes()?,
+            low_disk: match &args.low_disk {
+                Some(text) => text.parse().map_err(ConfigError)?,
+                None => LowDisk::Default,
+            },
             listen: address("--listen", args.listen.as_deref(), API_PORT)?,
             registry_listen: address(
                 "--registry-listen",
@@ -213,9 +235,23 @@ impl ServerArgs {
             node_unreachable_ms: self.node_unreachable_ms.or(file.node_unreachable_ms),
             node_lease_ms: self.node_lease_ms.or(file.node_lease_ms),
             feature_grace_s: self.feature_grace_s.or(file.feature_grace_s),
+            snapshot_log: self.snapshot_log.or(file.snapshot_log),
+            low_disk: self.low_disk.or(file.low_disk),
             allow_cors: self.allow_cors.or(file.allow_cors),
             log_format: self.log_format.or(file.log_format),
             config: None,
+        }
+    }
+
+    fn snapshot_log_bytes(&self) -> Result<u64, ConfigError> {
+        let Some(text) = &self.snapshot_log else {
+            return Ok(SNAPSHOT_LOG_BYTES);
+        };
+        match space::bytes(text) {
+            Some(bytes) if bytes >= SNAPSHOT_LOG_BYTES_MIN => Ok(bytes),
+            _ => wrong(format!(
+                "--snapshot-log {text}: give a size of at least 64KiB, such as 64MiB"
+            )),
         }
     }
 

@@ -18,4 +18,5 @@ pub mod peer;
 pub mod reconcile;
 pub mod registry;
 pub mod server;
+pub mod space;
 pub mod stamp;

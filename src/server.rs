@@ -11,11 +11,12 @@
 use crate::app::App;
 use crate::config::Config;
 use crate::founding::{self, Ledger};
-use crate::http::{About, ApiState, Disk};
+use crate::http::{About, ApiState};
 use crate::listen::{self, Door};
 use crate::machine::ModelMachine;
 use crate::peer::{self, MemberHttp, Notices, PeerClient, PeerDialer, PeerPort};
 use crate::registry::{self, RegistryService};
+use crate::space::Space;
 use crate::{agents, cli, descriptors, http as rest, reconcile, stamp};
 use anyhow::{Context, anyhow, bail};
 use axum::Router;
@@ -25,10 +26,10 @@ use mainstay_raft::{Group, GroupConfig};
 use mainstay_storage::chunks::ChunkStore;
 use mainstay_storage::datadir::{DataDir, Identity};
 use mainstay_storage::engine::{Engine, SledEngine};
-use mainstay_storage::log::{Log, Wal};
+use mainstay_storage::log::{Log, Wal, WalOptions};
+use mainstay_storage::reserve::GuardedDisk;
 use mainstay_storage::snapshot::SnapshotDir;
 use parking_lot::RwLock;
-use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -45,6 +46,9 @@ const CLIENTS_MAX: Duration = Duration::from_secs(6);
 const PEERS_MAX: Duration = Duration::from_secs(1);
 /// Part of it for those that wait for the group, whose end answers them.
 const WAITING_MAX: Duration = Duration::from_millis(500);
+
+/// A file of the log.
+const SEGMENT_BYTES_MAX: u64 = 64 << 20;
 
 /// Run one member until it is told to stop (`Ok`) or cannot go on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
@@ -318,6 +322,7 @@ struct Member {
 
 /// What is opened on disk.
 struct Stores {
+    space: Arc<Space>,
     log: Arc<dyn Log>,
     engine: Arc<dyn Engine>,
     snapshots: SnapshotDir,
@@ -325,20 +330,31 @@ struct Stores {
 }
 
 impl Stores {
-    fn open(root: &Path) -> mainstay_storage::Result<Self> {
+    fn open(config: &Config) -> anyhow::Result<Self> {
+        let root = &config.data_dir;
+        // First: on a full disk the others open on what it gives up.
+        let space = Space::new(root, config.low_disk)?;
+        let disk = Arc::new(GuardedDisk::new(space.reserve()));
+        let log = WalOptions {
+            disk: disk.clone(),
+            // Dropped as a whole: with a small limit, in small pieces.
+            segment_bytes: config.snapshot_log_bytes.min(SEGMENT_BYTES_MAX),
+            ..WalOptions::default()
+        };
         Ok(Self {
-            log: Arc::new(Wal::open(&root.join("log"))?),
-            engine: Arc::new(SledEngine::open(&root.join("state"))?),
-            snapshots: SnapshotDir::open(&root.join("snapshots"))?,
+            log: Arc::new(Wal::open_with(&root.join("log"), log)?),
+            engine: Arc::new(SledEngine::open_on(&root.join("state"), disk.clone())?),
+            snapshots: SnapshotDir::open_on(&root.join("snapshots"), disk)?,
             chunks: ChunkStore::open(&root.join("chunks"))?,
+            space,
         })
     }
 }
 
 impl Member {
     async fn start(port: &Arc<PeerPort>, cluster_id: &str) -> anyhow::Result<Self> {
-        let root = port.config.data_dir.clone();
-        let stores = tokio::task::spawn_blocking(move || Stores::open(&root))
+        let config = port.config.clone();
+        let stores = tokio::task::spawn_blocking(move || Stores::open(&config))
             .await?
             .context("cannot open the data directory")?;
         let state = Arc::new(RwLock::new(State::default()));
@@ -348,7 +364,7 @@ impl Member {
             Arc::new(move || log.state().disk_bytes + engine.disk_bytes())
         };
         let group = Box::pin(Group::start(
-            GroupConfig::new(id, cluster_id),
+            GroupConfig::new(id, cluster_id).snapshot_every(port.config.snapshot_log_bytes),
             stores.log,
             stores.engine,
             stores.snapshots,
@@ -360,14 +376,21 @@ impl Member {
         port.group.set(group.clone()).ok();
         let app = App::new(group.clone(), state);
         let chunks = stores.chunks.clone();
-        let data_dir = port.config.data_dir.clone();
+        let space = stores.space;
         let about = About {
             name: port.config.name.clone(),
             version: cli::VERSION.to_owned(),
             registry_address: port.member.registry_url.clone(),
             allow_cors: port.config.allow_cors,
             db_size,
-            disk: Arc::new(move || room(&data_dir)),
+            disk: {
+                let space = Arc::clone(&space);
+                Arc::new(move || space.room())
+            },
+            complaint: {
+                let space = Arc::clone(&space);
+                Arc::new(move || space.complaint())
+            },
             chunks: Arc::new(move || chunks.stats()),
         };
         let liveness = agents::Liveness::new();
@@ -379,9 +402,14 @@ impl Member {
             MemberId(id),
             Arc::new(peers.clone()),
             cli::VERSION.to_owned(),
+            {
+                let space = Arc::clone(&space);
+                Box::new(move || space.may_store())
+            },
         );
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&registry).replicate());
+        tasks.spawn(space.watch(group.clone()));
         let (unreachable, lease) = (port.config.node_unreachable, port.config.node_lease);
         let nodes = agents::AgentsState::new(
             app.clone(),
@@ -443,14 +471,6 @@ impl Member {
             tracing::warn!("requests in flight were cut off");
         }
     }
-}
-
-fn room(dir: &Path) -> Option<Disk> {
-    let stat = rustix::fs::statvfs(dir).ok()?;
-    Some(Disk {
-        free: stat.f_bavail * stat.f_frsize,
-        total: stat.f_blocks * stat.f_frsize,
-    })
 }
 
 /// Why the group stopped by itself; waits until it does.

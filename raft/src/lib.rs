@@ -23,6 +23,6 @@ mod store;
 pub mod transport;
 mod types;
 
-pub use group::{Agreement, Group, GroupConfig, GroupError, MemberStatus, Role, Status};
+pub use group::{Agreement, Group, GroupConfig, GroupError, MemberStatus, Role, Status, Unfit};
 pub use machine::{Fault, Machine};
 pub use transport::{Dialer, Member, PeerStream};

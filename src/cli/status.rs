@@ -40,6 +40,10 @@ pub struct StatusRow {
     pub version: String,
     /// Bytes of the durable state.
     pub db_size: u64,
+    /// Free bytes on its disk.
+    pub disk_free: u64,
+    /// All bytes of its disk.
+    pub disk_total: u64,
     /// Leads, by its own word.
     pub is_leader: bool,
     /// Does not vote.
@@ -146,6 +150,7 @@ fn draw(rows: &[StatusRow]) -> Table {
         "ID",
         "VERSION",
         "DB SIZE",
+        "DISK FREE",
         "IS LEADER",
         "IS LEARNER",
         "RAFT TERM",
@@ -161,6 +166,7 @@ fn draw(rows: &[StatusRow]) -> Table {
             row.id.clone(),
             row.version.clone(),
             table::bytes(row.db_size),
+            table::bytes(row.disk_free),
             row.is_leader.to_string(),
             row.is_learner.to_string(),
             row.term.to_string(),

@@ -6,6 +6,7 @@
 //! members are looked up in the body, then in the query; `null` is absent; numbers may be strings.
 
 use super::error::ApiError;
+use super::intake;
 use crate::app::Consistency;
 use crate::stamp;
 use axum::body::{Body, Bytes};
@@ -80,6 +81,8 @@ pub struct Call {
     body: Map<String, Value>,
     name: String,
     idempotency: Option<String>,
+    /// The body counts as long as this lives.
+    _held: intake::Held,
 }
 
 impl<S: Send + Sync> FromRequest<S> for Call {
@@ -88,16 +91,24 @@ impl<S: Send + Sync> FromRequest<S> for Call {
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
         let (parts, body) = request.into_parts();
         let reads_body = !matches!(parts.method, Method::GET | Method::HEAD);
-        let body = if reads_body {
-            object(&collect(&parts.headers, body).await?)?
+        let (held, body) = if reads_body {
+            let held = match intake::admit(&parts.headers) {
+                Ok(held) => held,
+                Err(refused) => {
+                    discard(body).await;
+                    return Err(refused);
+                }
+            };
+            (held, object(&collect(&parts.headers, body).await?)?)
         } else {
-            Map::new()
+            (intake::NONE, Map::new())
         };
         Ok(Self {
             query: query(parts.uri.query().unwrap_or_default()),
             body,
             name: format!("{} {}", parts.method, parts.uri.path()),
             idempotency: idempotency(&parts.headers)?,
+            _held: held,
         })
     }
 }
@@ -285,6 +296,21 @@ async fn collect(headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
             BODY_DEADLINE.as_secs()
         ))),
     }
+}
+
+/// Read and drop a body that nobody wants, or its sender would find the connection reset and not the answer.
+async fn discard(mut body: Body) {
+    let rest = async {
+        let mut seen = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            seen += frame.data_ref().map_or(0, Bytes::len);
+            if seen > DISCARD_BYTES_MAX {
+                return;
+            }
+        }
+    };
+    // Late or not, the answer is the same.
+    let _ = tokio::time::timeout(BODY_DEADLINE, rest).await;
 }
 
 async fn take(mut body: Body) -> Result<Bytes, ApiError> {

@@ -12,6 +12,7 @@ pub mod envelope;
 pub mod error;
 pub mod front;
 pub mod instances;
+mod intake;
 pub mod members;
 pub mod nodes;
 pub mod routes;
@@ -21,6 +22,7 @@ pub mod time;
 
 use crate::agents::liveness::Liveness;
 use crate::app::{App, Consistency};
+use crate::space::Room;
 use axum::Router;
 use envelope::Call;
 use error::ApiError;
@@ -34,15 +36,6 @@ use tokio::time::Instant;
 
 /// A figure that is looked up when it is asked for.
 pub type Getter<T> = Arc<dyn Fn() -> T + Send + Sync>;
-
-/// Room on the disk that holds the data directory, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Disk {
-    /// Free for us.
-    pub free: u64,
-    /// All.
-    pub total: u64,
-}
 
 /// What the handlers tell about this member beyond the replicated state.
 #[derive(Clone)]
@@ -58,7 +51,9 @@ pub struct About {
     /// Bytes of the durable state on disk.
     pub db_size: Getter<u64>,
     /// Room on disk; `None` when the registry's disk cannot be asked.
-    pub disk: Getter<Option<Disk>>,
+    pub disk: Getter<Option<Room>>,
+    /// What is wrong with that room, if anything.
+    pub complaint: Getter<Option<String>>,
     /// Chunk store figures.
     pub chunks: Getter<ChunkStats>,
 }

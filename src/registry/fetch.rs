@@ -16,7 +16,7 @@ impl RegistryService {
     pub(super) async fn fetch(&self, ids: &[Id], sources: &[MemberId]) -> (Vec<Id>, Vec<String>) {
         let mut rest: Vec<Id> = self.lacking(ids);
         let mut said = Vec::new();
-        if let Err(why) = self.room() {
+        if let Err(why) = (self.room)() {
             said.push(why);
             return (rest, said);
         }

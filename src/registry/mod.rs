@@ -58,7 +58,8 @@ pub trait PeerHttp: Send + Sync + 'static {
     ) -> Option<reqwest::RequestBuilder>;
 }
 
-type Space = dyn Fn(&ChunkStore) -> mainstay_storage::Result<(u64, u64)> + Send + Sync;
+/// May more chunks be stored? Asked before each batch; if not: why, and what to do.
+pub type Room = dyn Fn() -> Result<(), String> + Send + Sync;
 
 /// One member's registry.
 pub struct RegistryService {
@@ -71,21 +72,22 @@ pub struct RegistryService {
     writers: Semaphore,
     walks: Semaphore,
     read_through: Semaphore,
-    /// Free and total bytes of the disk.
-    space: Box<Space>,
+    room: Box<Room>,
     progress: replicas::ProgressMap,
     /// A stored chunk turned out damaged: what we say we hold must be checked again.
     damage: Notify,
 }
 
 impl RegistryService {
-    /// The registry of `member`. `version` is shown by `/registry/status`.
+    /// The registry of `member`. `version` is shown by `/registry/status`; `room` is asked before
+    /// anything is stored: the log on the same disk must never find it full.
     pub fn new(
         catalog: Arc<dyn Catalog>,
         chunks: ChunkStore,
         member: MemberId,
         peers: Arc<dyn PeerHttp>,
         version: String,
+        room: Box<Room>,
     ) -> Arc<Self> {
         Arc::new(Self {
             catalog,
@@ -96,7 +98,7 @@ impl RegistryService {
             readers: Semaphore::new(READERS_MAX),
             writers: Semaphore::new(WRITERS_MAX),
             walks: Semaphore::new(WALKS_MAX),
-            space: Box::new(ChunkStore::disk),
+            room,
             read_through: Semaphore::new(READ_THROUGH_MAX),
             progress: replicas::ProgressMap::default(),
             damage: Notify::new(),

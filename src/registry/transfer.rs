@@ -28,8 +28,6 @@ const SEND_CHUNKS: usize = 64;
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// A batch must arrive within this: a slow body holds its place no longer.
 const BATCH_MAX: Duration = Duration::from_secs(60);
-/// Below this (or 2% of a small disk) no chunk is taken: the log needs room more than we do.
-const FREE_MIN: u64 = 1 << 30;
 
 /// `POST missing`: one byte per name, 1 = lacking.
 pub(super) async fn missing(
@@ -67,7 +65,7 @@ pub(super) async fn receive(
 
 impl RegistryService {
     async fn receive_all(&self, body: Body) -> Result<PutAnswer, Refused> {
-        self.room().map_err(full)?;
+        (self.room)().map_err(full)?;
         let _turn = self.readers.acquire().await.map_err(|_| stopping())?;
         let mut stream = body.into_data_stream();
         let mut unframer = Unframer::default();
@@ -100,7 +98,7 @@ impl RegistryService {
 
     async fn store(&self, batch: Vec<Record>, total: &mut PutAnswer) -> Result<(), Refused> {
         // Each time: a body has no end that would be known, and others write as well.
-        self.room().map_err(full)?;
+        (self.room)().map_err(full)?;
         let _turn = self.writers.acquire().await.map_err(|_| stopping())?;
         let chunks = self.chunks.clone();
         let put = tokio::task::spawn_blocking(move || chunks.put(batch)).await;
@@ -120,17 +118,6 @@ impl RegistryService {
             }
             Err(_) => Err(stopping()),
         }
-    }
-
-    /// May a batch be stored? Asked before each: the log on the same disk must never find it full.
-    pub(super) fn room(&self) -> Result<(), String> {
-        let (free, total) = (self.space)(&self.chunks).map_err(|e| answer::chain(&e))?;
-        if free >= FREE_MIN.min(total / 50) {
-            return Ok(());
-        }
-        Err(format!(
-            "only {free} bytes are free on this member: push to another or make room"
-        ))
     }
 }
 

@@ -5,6 +5,7 @@
 //! * [`snapshot`]: checksummed snapshot files.
 //! * [`datadir`]: a data directory's identity, format version and lock.
 //! * [`disk`]: the file operations all of that rests on, so that tests can cut the power.
+//! * [`reserve`]: room kept for log and state when others fill the disk.
 //! * [`chunks`]: content-addressed chunks in append-only packs.
 //!
 //! "Durable" always means: the bytes and what is needed to find them were fsynced.
@@ -15,6 +16,7 @@ pub mod disk;
 pub mod engine;
 pub mod error;
 pub mod log;
+pub mod reserve;
 pub mod snapshot;
 
 pub use error::{Result, StorageError};

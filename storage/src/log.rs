@@ -6,6 +6,7 @@
 
 mod index;
 mod memory;
+mod pace;
 mod record;
 mod recover;
 mod segment;
@@ -13,6 +14,7 @@ mod wal;
 mod writer;
 
 pub use memory::MemoryLog;
+pub use pace::{Pace, SLOW};
 pub use wal::{Wal, WalOptions};
 
 use crate::Result;
@@ -56,6 +58,8 @@ pub struct LogState {
 pub trait Log: Send + Sync + 'static {
     /// What is there.
     fn state(&self) -> LogState;
+    /// How fast the disk under it is.
+    fn pace(&self) -> Pace;
     /// Entries in the range that are present, in order, at most about `max_bytes` of them (at least one).
     fn read(&self, range: Range<u64>, max_bytes: usize) -> Result<Vec<LogEntry>>;
     /// Append entries with consecutive indexes after the last one (after the purge mark when the log is

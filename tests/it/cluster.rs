@@ -11,8 +11,9 @@ use http::{HeaderMap, Request, Response, StatusCode};
 use http_body_util::BodyExt as _;
 use mainstay::agents::liveness::Liveness;
 use mainstay::app::App;
-use mainstay::http::{About, ApiState, Disk, router};
+use mainstay::http::{About, ApiState, router};
 use mainstay::machine::ModelMachine;
+use mainstay::space::Room;
 use mainstay_model::command::{Command, TagContent};
 use mainstay_model::ids::Digest;
 use mainstay_model::node::NodeSpec;
@@ -94,11 +95,12 @@ fn about(id: u64) -> About {
         allow_cors: false,
         db_size: Arc::new(|| 4096),
         disk: Arc::new(|| {
-            Some(Disk {
+            Some(Room {
                 free: 40,
                 total: 100,
             })
         }),
+        complaint: Arc::new(|| None),
         chunks: Arc::new(|| ChunkStats {
             chunks: 3,
             stored_bytes: 30,

@@ -1,7 +1,9 @@
 //! Three server processes, and agents, under a test's control.
 
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
+use std::ffi::OsString;
 use std::fs::File;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -39,6 +41,8 @@ pub(crate) struct Cluster {
     pub(crate) flags: Vec<&'static str>,
     /// Environment of every server, beyond the test's own.
     pub(crate) environment: Vec<(&'static str, String)>,
+    /// Further environment of single servers.
+    pub(crate) env: BTreeMap<usize, Vec<(OsString, OsString)>>,
     agents: Vec<(String, Child)>,
     pub(crate) client: reqwest::Client,
 }
@@ -83,6 +87,7 @@ impl Cluster {
             token: "test-token".to_owned(),
             flags: Vec::new(),
             environment: Vec::new(),
+            env: BTreeMap::new(),
             agents: Vec::new(),
             client,
         }
@@ -135,6 +140,7 @@ impl Cluster {
             .arg(&m.data)
             .args(&self.flags)
             .envs(self.environment.iter().map(|(k, v)| (k, v)))
+            .envs(self.env.get(&n).into_iter().flatten().cloned())
             .stdin(Stdio::null());
         command
     }
@@ -206,6 +212,21 @@ impl Cluster {
                 panic!("member {n} did not stop when told to");
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Process id of member `n`.
+    #[allow(dead_code)]
+    pub(crate) fn pid(&self, n: usize) -> u32 {
+        let child = self.members[n].child.as_ref().expect("the member runs");
+        child.id()
+    }
+
+    /// kill -9, if it has not ended by itself.
+    pub(crate) fn kill_if_running(&mut self, n: usize) {
+        if let Some(mut child) = self.members[n].child.take() {
+            let _ = child.kill();
+            child.wait().unwrap();
         }
     }
 

@@ -64,6 +64,20 @@ impl Writers {
         .await;
     }
 
+    #[allow(dead_code)]
+    /// What the clients were told so far, while they go on.
+    pub(crate) fn told(&self) -> Acknowledged {
+        let last = |p: &Progress| p.last.load(Ordering::SeqCst);
+        Acknowledged {
+            all: self
+                .clients
+                .iter()
+                .map(|(id, progress, _)| (id.clone(), last(progress)))
+                .collect(),
+            total: self.acknowledged(),
+        }
+    }
+
     /// Stop the clients; what they were told can be checked later, e.g. after a restart of all.
     pub(crate) async fn stop_only(self) -> Acknowledged {
         self.stop.store(true, Ordering::SeqCst);

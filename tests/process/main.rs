@@ -9,6 +9,7 @@
 mod bootstrap;
 mod clean_stop;
 mod cluster;
+mod faults;
 mod journey;
 mod kills;
 mod leader_kills;

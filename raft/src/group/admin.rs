@@ -5,7 +5,7 @@ use super::status::answers;
 use super::{GroupError, Inner};
 use crate::Member;
 use crate::codec;
-use crate::transport::wire::{Admin, Lane, Reply, kind};
+use crate::transport::wire::{Admin, Fit, Lane, Reply, kind};
 use crate::types::{Membership, Types};
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
@@ -179,33 +179,31 @@ impl Inner {
 
     async fn transfer_here(&self, to: Option<u64>) -> Reply<()> {
         let metrics = self.metrics();
-        let membership = metrics.membership_config.membership();
-        if to == Some(self.config.id) {
-            return Reply::Done(());
-        }
-        let progress = |id: u64| {
-            metrics
-                .replication
-                .as_ref()
-                .and_then(|r| r.get(&id).copied().flatten())
-                .map(|m| m.index)
-        };
         let target = match to {
-            Some(id) if !is_voter(membership, id) => {
+            Some(id) if id == self.config.id => return Reply::Done(()),
+            Some(id) if !is_voter(metrics.membership_config.membership(), id) => {
                 return Reply::Refused(format!("member {id} is not a voter"));
             }
-            Some(id) => Some(id),
-            None => membership
-                .voter_ids()
-                .filter(|id| *id != self.config.id && self.answers(&metrics, *id))
-                .max_by_key(|id| progress(*id)),
+            Some(id) if !self.answers(&metrics, id) => {
+                return Reply::Refused(format!("member {id} does not answer"));
+            }
+            Some(id) => match self.ask_fitness(id).await {
+                Fit::Yes => id,
+                Fit::Reluctant(why) | Fit::Barred(why) => {
+                    return Reply::Refused(format!("member {id} is not fit to lead: {why}"));
+                }
+            },
+            // This one leaves, most likely: better a reluctant leader than an election.
+            None => match self.successor(true).await {
+                Ok(id) => id,
+                Err(why) => return Reply::Refused(why),
+            },
         };
-        let Some(target) = target else {
-            return Reply::Refused("there is no other voter that answers".into());
-        };
-        if !self.answers(&metrics, target) {
-            return Reply::Refused(format!("member {target} does not answer"));
-        }
+        self.transfer_to(target).await
+    }
+
+    /// From here on this member's heartbeats have ended: the target, or another, is elected.
+    pub(super) async fn transfer_to(&self, target: u64) -> Reply<()> {
         if self.raft.trigger().transfer_leader(target).await.is_err() {
             return Reply::Busy("this member has stopped".into());
         }

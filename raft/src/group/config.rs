@@ -23,6 +23,8 @@ pub struct GroupConfig {
     pub retry_entries: u64,
     /// Longest time between two checkpoints of changed state.
     pub checkpoint_interval: Duration,
+    /// A member whose disk was too slow to lead is trusted again after this long without a slow write.
+    pub slow_disk_calm: Duration,
 }
 
 impl GroupConfig {
@@ -47,7 +49,17 @@ impl GroupConfig {
             keep_entries: 20_000,
             retry_entries: 32_768,
             checkpoint_interval: Duration::from_millis(250),
+            slow_disk_calm: Duration::from_secs(60),
         }
+    }
+
+    /// Snapshots after so many bytes of log; what is kept behind them shrinks and grows with it.
+    #[must_use]
+    pub fn snapshot_every(mut self, log_bytes: u64) -> Self {
+        let kept = self.keep_entries.saturating_mul(log_bytes) / self.snapshot_log_bytes;
+        self.keep_entries = kept.clamp(100, self.keep_entries);
+        self.snapshot_log_bytes = log_bytes;
+        self
     }
 
     /// The consensus library's view of it.

@@ -11,7 +11,7 @@
 //! Outcomes and reads come from the state: a member that is known to hold another one must not
 //! answer. What it has voted for and logged is not in doubt, so it goes on doing both.
 
-use super::Inner;
+use super::{Inner, Unfit};
 use crate::codec;
 use crate::store::digest::At;
 use crate::transport::wire::{Lane, kind};
@@ -103,6 +103,10 @@ impl Inner {
             .flatten()
             .collect();
         let now = judge(&self.checkpointer.digests(), &others, members.len());
+        let barred = now
+            .diverged
+            .then(|| Unfit::Barred("its state is not that of the other members".into()));
+        self.fitness.set("divergence", barred);
         self.agreement.send_if_modified(|seen| {
             if seen.differing.keys().ne(now.differing.keys()) || seen.diverged != now.diverged {
                 alarm(&now);

@@ -3,14 +3,18 @@
 mod admin;
 mod config;
 mod divergence;
+mod fitness;
 mod propose;
+mod queue;
 mod read;
 mod service;
+mod slow;
 mod status;
 mod upkeep;
 
 pub use config::GroupConfig;
 pub use divergence::Agreement;
+pub use fitness::Unfit;
 pub use status::{MemberStatus, Role, Status};
 
 use crate::store::checkpoint::{Checkpointer, Parts};
@@ -31,7 +35,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -39,6 +43,8 @@ use tokio_util::sync::CancellationToken;
 const PROPOSALS_MAX: usize = 16 << 10;
 /// Commands being committed here for other members.
 const FORWARDED_MAX: usize = 16 << 10;
+/// Bytes of each kind.
+const QUEUE_BYTES_MAX: usize = 64 << 20;
 /// A membership change is given this long.
 const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -93,13 +99,15 @@ pub(crate) struct Inner {
     snapshots: Arc<SnapshotDir>,
     peers: Arc<Peers>,
     fault: FaultCell,
+    fitness: fitness::Fitness,
+    started: Instant,
     applied: watch::Receiver<u64>,
     leader: watch::Receiver<Option<u64>>,
     status: watch::Receiver<Status>,
     agreement: watch::Sender<Agreement>,
     reads: read::Reads,
-    proposals: Semaphore,
-    forwarded: Arc<Semaphore>,
+    proposals: queue::Queue,
+    forwarded: queue::Queue,
     receiving: Arc<tokio::sync::Mutex<()>>,
     cancel: CancellationToken,
     /// `stop` was called: it, and not the guard, ends everything.
@@ -146,7 +154,13 @@ impl Group {
             .await
             .map_err(|e| fail(&e))?;
         let applied = checkpointer.applied();
-        let first = status::status_of(&raft.metrics().borrow_watched(), *applied.borrow(), &fault);
+        let fitness = fitness::Fitness::new();
+        let first = status::status_of(
+            &raft.metrics().borrow_watched(),
+            *applied.borrow(),
+            &fault,
+            &fitness,
+        );
         let (leader_tx, leader) = watch::channel(first.leader);
         let (status_tx, status) = watch::channel(first);
         let inner = Arc::new(Inner {
@@ -158,13 +172,19 @@ impl Group {
             snapshots,
             peers,
             fault,
+            fitness,
+            started: Instant::now(),
             applied,
             leader,
             status,
             agreement: watch::Sender::new(Agreement::default()),
             reads: read::Reads::default(),
-            proposals: Semaphore::new(PROPOSALS_MAX),
-            forwarded: Arc::new(Semaphore::new(FORWARDED_MAX)),
+            proposals: queue::Queue::new("proposals", PROPOSALS_MAX, QUEUE_BYTES_MAX),
+            forwarded: queue::Queue::new(
+                "proposals of other members",
+                FORWARDED_MAX,
+                QUEUE_BYTES_MAX,
+            ),
             receiving: Arc::default(),
             cancel: CancellationToken::new(),
             stopping: AtomicBool::new(false),
@@ -172,6 +192,8 @@ impl Group {
         upkeep::spawn(&inner, leader_tx, status_tx);
         read::spawn(&inner);
         divergence::spawn(&inner);
+        fitness::spawn(&inner);
+        slow::spawn(&inner);
         Ok(Self {
             _alive: Arc::new(Alive(inner.clone())),
             inner,
@@ -206,7 +228,8 @@ impl Group {
         let metrics = self.inner.raft.metrics();
         let applied = *self.inner.applied.borrow();
         let metrics = metrics.borrow_watched();
-        status::status_of(&metrics, applied, &self.inner.fault)
+        let inner = &self.inner;
+        status::status_of(&metrics, applied, &inner.fault, &inner.fitness)
     }
 
     /// Told of every change of [`Status`] (applied index included); of quick successions, the last.

@@ -49,10 +49,7 @@ impl Inner {
             );
             return Err(GroupError::Refused(text));
         }
-        let _permit = self
-            .proposals
-            .try_acquire()
-            .map_err(|_| GroupError::Overloaded("too many proposals are waiting".into()))?;
+        let _place = self.proposals.enter(command.len())?;
         // Set by the first attempt that may have been appended: the position before it.
         let mut retry: Option<u64> = None;
         loop {
@@ -172,10 +169,12 @@ impl Inner {
     /// A command that another member forwarded to us: the leader's side.
     pub(super) async fn propose_forwarded(&self, payload: Bytes) -> Result<Reply<Bytes>, String> {
         let (wait_ms, retry, command) = wire::decode_propose(payload).map_err(|e| e.to_string())?;
-        let Ok(_permit) = self.forwarded.try_acquire() else {
-            return Ok(Reply::Overloaded(
-                "the leader has too many proposals waiting".into(),
-            ));
+        let _place = match self.forwarded.enter(command.len()) {
+            Ok(place) => place,
+            Err(GroupError::Overloaded(why)) => {
+                return Ok(Reply::Overloaded(format!("at the leader, {why}")));
+            }
+            Err(other) => return Err(other.to_string()),
         };
         let limit = std::time::Duration::from_millis(wait_ms.into());
         match tokio::time::timeout(limit, self.propose_here(command, retry)).await {

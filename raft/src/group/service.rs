@@ -59,6 +59,9 @@ impl Service for Requests {
             kind::READ_INDEX => {
                 async move { Ok(codec::encode(&inner.read_index_forwarded().await).into()) }.boxed()
             }
+            kind::FITNESS => {
+                async move { Ok(codec::encode(&inner.fitness.verdict()).into()) }.boxed()
+            }
             kind::ADMIN => async move {
                 let request: Admin = codec::decode(&payload).map_err(text)?;
                 Ok(codec::encode(&inner.admin_here(&request).await).into())

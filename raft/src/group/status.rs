@@ -1,5 +1,6 @@
 //! What a member shows of itself and of the group.
 
+use super::fitness::Fitness;
 use crate::Member;
 use crate::store::fault::FaultCell;
 use crate::types::Types;
@@ -42,6 +43,8 @@ pub struct Status {
     pub applied: u64,
     /// Members by id.
     pub members: BTreeMap<u64, MemberStatus>,
+    /// Why this member should not lead, each reason in words (see [`Unfit`](super::Unfit)).
+    pub unfit: Vec<String>,
     /// Set when the member has stopped.
     pub fault: Option<String>,
 }
@@ -63,7 +66,12 @@ pub(crate) fn answers(m: &RaftMetrics<Types>, id: u64, lease: Duration) -> bool 
     id == m.id || acked().is_some_and(|at| at.elapsed() < lease)
 }
 
-pub(crate) fn status_of(m: &RaftMetrics<Types>, applied: u64, fault: &FaultCell) -> Status {
+pub(super) fn status_of(
+    m: &RaftMetrics<Types>,
+    applied: u64,
+    fault: &FaultCell,
+    fitness: &Fitness,
+) -> Status {
     let membership = m.membership_config.membership();
     let voters: Vec<u64> = membership.voter_ids().collect();
     let leads = m.current_leader == Some(m.id);
@@ -99,6 +107,7 @@ pub(crate) fn status_of(m: &RaftMetrics<Types>, applied: u64, fault: &FaultCell)
         last_log: m.last_log_index.unwrap_or(0),
         applied,
         members,
+        unfit: fitness.reasons(),
         fault,
     }
 }

@@ -58,6 +58,7 @@ async fn publish(
     let mut metrics = inner.raft.metrics();
     let mut applied = inner.applied.clone();
     let mut fault = inner.fault.watch();
+    let mut fitness = inner.fitness.watch();
     let mut members = None;
     loop {
         let now = {
@@ -65,11 +66,11 @@ async fn publish(
             if let Err(e) = &metrics.running_state {
                 // The core ends by a fault of its own, a panic, or because it was told to.
                 let asked = matches!(e, Fatal::Stopped);
-                inner.fault.raise(if asked {
-                    SHUT_DOWN.into()
+                if asked {
+                    inner.fault.close(SHUT_DOWN);
                 } else {
-                    e.to_string()
-                });
+                    inner.fault.raise(e.to_string());
+                }
             }
             if members.as_ref() != Some(metrics.membership_config.log_id()) {
                 members = Some(*metrics.membership_config.log_id());
@@ -78,7 +79,9 @@ async fn publish(
                     .peers
                     .update(nodes.map(|(id, m)| (*id, m.clone())).collect());
             }
-            status_of(&metrics, *applied.borrow_and_update(), &inner.fault)
+            fitness.mark_unchanged();
+            let applied = *applied.borrow_and_update();
+            status_of(&metrics, applied, &inner.fault, &inner.fitness)
         };
         leader.send_if_modified(|seen| std::mem::replace(seen, now.leader) != now.leader);
         let ended = now.fault.is_some();
@@ -96,6 +99,7 @@ async fn publish(
             _ = metrics.changed() => {}
             _ = applied.changed() => {}
             _ = fault.changed() => {}
+            _ = fitness.changed() => {}
         }
     }
 }

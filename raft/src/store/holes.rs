@@ -7,7 +7,7 @@ use crate::types::{Entry, Payload};
 use bytes::Bytes;
 use futures::StreamExt;
 use mainstay_storage::Result;
-use mainstay_storage::log::{Done, Log, LogEntry, LogState, MemoryLog};
+use mainstay_storage::log::{Done, Log, LogEntry, LogState, MemoryLog, Pace};
 use openraft::RaftLogReader;
 use std::io;
 use std::ops::Range;
@@ -19,6 +19,9 @@ struct Holed(MemoryLog, Range<u64>);
 impl Log for Holed {
     fn state(&self) -> LogState {
         self.0.state()
+    }
+    fn pace(&self) -> Pace {
+        self.0.pace()
     }
     fn read(&self, range: Range<u64>, max_bytes: usize) -> Result<Vec<LogEntry>> {
         let mut found = self.0.read(range, max_bytes)?;

@@ -8,7 +8,7 @@ use super::fault::{FaultCell, chain};
 use crate::codec;
 use crate::types::{Entry, LogId, Types, Vote};
 use mainstay_storage::StorageError;
-use mainstay_storage::log::{Log, LogEntry};
+use mainstay_storage::log::{Log, LogEntry, Pace};
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use openraft::{OptionalSend, entry::RaftEntry};
 use parking_lot::{Condvar, Mutex};
@@ -146,6 +146,11 @@ impl LogStore {
     /// Bytes of entries appended since this process started.
     pub(crate) fn appended_bytes(&self) -> u64 {
         self.shared.appended.load(Ordering::Relaxed)
+    }
+
+    /// How fast the disk under it is.
+    pub(crate) fn pace(&self) -> Pace {
+        self.shared.log.pace()
     }
 
     /// Bytes the log takes on disk.

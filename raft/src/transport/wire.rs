@@ -31,6 +31,7 @@ pub(crate) mod kind {
     pub(crate) const SNAPSHOT_DATA: u8 = 10;
     pub(crate) const SNAPSHOT_END: u8 = 11;
     pub(crate) const DIGESTS: u8 = 12;
+    pub(crate) const FITNESS: u8 = 13;
     /// The answer; its payload depends on the request.
     pub(crate) const ANSWER: u8 = 128;
     /// The request could not be served; the payload says why.
@@ -236,6 +237,16 @@ pub(crate) enum Admin {
     Promote { id: u64 },
     Remove { id: u64 },
     Transfer { to: Option<u64> },
+}
+
+/// What a voter says when it is asked whether it should lead; the reasons in words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Fit {
+    Yes,
+    /// Only if no other can.
+    Reluctant(String),
+    /// Never.
+    Barred(String),
 }
 
 /// The leader's answer to anything forwarded to it.

@@ -7,6 +7,7 @@
 mod chaos;
 mod divergence;
 mod faults;
+mod fitness;
 mod membership;
 mod reads_and_writes;
 mod retries;

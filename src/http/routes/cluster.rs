@@ -56,6 +56,8 @@ struct StatusRow<'a> {
     id: String,
     version: &'a str,
     db_size: u64,
+    disk_free: u64,
+    disk_total: u64,
     is_leader: bool,
     is_learner: bool,
     leader: Option<String>,
@@ -74,11 +76,16 @@ pub(super) async fn status(State(api): State<ApiState>) -> Response {
     let name = me
         .map(|at| at.member.name.as_str())
         .filter(|name| !name.is_empty());
+    let disk = (api.about.disk)().unwrap_or_default();
+    let mut errors = errors(&status, &api.app.group().agreement().borrow());
+    errors.extend((api.about.complaint)());
     envelope::ok(&StatusRow {
         name: name.unwrap_or(&api.about.name),
         id: MemberId(status.id).to_string(),
         version: &api.about.version,
         db_size: (api.about.db_size)(),
+        disk_free: disk.free,
+        disk_total: disk.total,
         is_leader: status.is_leader(),
         is_learner: me.is_some_and(|at| at.role == Role::Learner),
         leader: status.leader.map(|id| MemberId(id).to_string()),
@@ -86,7 +93,7 @@ pub(super) async fn status(State(api): State<ApiState>) -> Response {
         index: status.last_log,
         applied: status.applied,
         features: SUPPORTED,
-        errors: errors(&status, &api.app.group().agreement().borrow()),
+        errors,
     })
 }
 
@@ -118,5 +125,47 @@ fn errors(status: &Status, agreement: &Agreement) -> Vec<String> {
     } else if status.leader.is_none() {
         errors.push("no leader".to_owned());
     }
+    if status.fault.is_none() {
+        errors.extend(status.unfit.iter().map(|why| unfit(status, why)));
+    }
     errors
+}
+
+fn unfit(status: &Status, why: &str) -> String {
+    if status.is_leader() {
+        format!("leads although it should not: {why}; it hands over as soon as a fit voter answers")
+    } else {
+        format!("does not take the lead: {why}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unfit_member_says_why() {
+        let agreed = Agreement::default();
+        let mut status = Status {
+            id: 1,
+            leader: Some(2),
+            unfit: vec!["its disk is slow".to_owned()],
+            ..Status::default()
+        };
+        let at = MemberStatus {
+            member: mainstay_raft::Member::default(),
+            role: Role::Voter,
+            matched: None,
+        };
+        status.members.insert(1, at);
+        assert_eq!(
+            errors(&status, &agreed),
+            ["does not take the lead: its disk is slow"]
+        );
+        status.leader = Some(1);
+        let said = errors(&status, &agreed).join("");
+        assert!(said.contains("leads although"), "{said}");
+        status.fault = Some("x".to_owned());
+        assert_eq!(errors(&status, &agreed), ["stopped: x"]);
+    }
 }

@@ -147,15 +147,20 @@ impl Cluster {
             shared: Arc::clone(&self.shared),
             client: client(),
         });
-        let mut service =
-            RegistryService::new(catalog, chunks, MemberId(id), peers, "1.0-test".to_owned());
         let shared = Arc::clone(&self.shared);
-        Arc::get_mut(&mut service).unwrap().space = Box::new(move |chunks| {
-            if shared.full.lock().contains(&id) {
-                return Ok((1 << 20, 1 << 40));
-            }
-            chunks.disk()
-        });
+        let room = move || {
+            let full = shared.full.lock().contains(&id);
+            (!full).then_some(()).ok_or_else(|| "no room".to_owned())
+        };
+        let version = "1.0-test".to_owned();
+        let service = RegistryService::new(
+            catalog,
+            chunks,
+            MemberId(id),
+            peers,
+            version,
+            Box::new(room),
+        );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let router = registry_router(Arc::clone(&service));

@@ -1,12 +1,13 @@
 //! A log in memory: the second implementation, for tests and in-process clusters. Shares no code with the
 //! files' one on purpose: each is the other's check.
 
-use super::{Done, Log, LogEntry, LogState};
+use super::{Done, Log, LogEntry, LogState, Pace};
 use crate::{Result, StorageError};
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
+use std::time::Instant;
 
 /// Holds everything in memory; callbacks run on the caller's thread, in queue order.
 #[derive(Default)]
@@ -19,6 +20,7 @@ struct Inner {
     content: Content,
     /// What a crash would leave, while the disk is held.
     held: Option<Content>,
+    held_since: Option<Instant>,
     calls: VecDeque<(Done, Result<()>)>,
     calling: bool,
     stopped: Option<String>,
@@ -55,6 +57,7 @@ impl MemoryLog {
         let mut inner = self.inner.lock();
         if inner.held.is_none() {
             inner.held = Some(inner.content.clone());
+            inner.held_since = Some(Instant::now());
         }
     }
 
@@ -62,6 +65,7 @@ impl MemoryLog {
     pub fn release(&self) {
         let mut inner = self.inner.lock();
         inner.held = None;
+        inner.held_since = None;
         call_back(&self.inner, inner);
     }
 
@@ -146,6 +150,19 @@ impl Log for MemoryLog {
             vote: content.vote.clone(),
             committed: content.committed.clone(),
             disk_bytes: 0,
+        }
+    }
+
+    /// Held, with something to write: the disk is taking its time.
+    fn pace(&self) -> Pace {
+        let inner = self.inner.lock();
+        let waits = !inner.calls.is_empty();
+        Pace {
+            under_way: inner
+                .held_since
+                .filter(|_| waits)
+                .map(|since| since.elapsed()),
+            ..Pace::default()
         }
     }
 

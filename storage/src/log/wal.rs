@@ -2,6 +2,7 @@
 //! them their place in the queue; a writer thread makes them durable. Knows no record format.
 
 use super::index::{Index, Slot, Source};
+use super::pace::{Meter, Pace};
 use super::segment::{self, Segment};
 use super::writer::{Change, Op, Writer};
 use super::{BYTES_LEN_MAX, Done, Log, LogEntry, LogState, recover};
@@ -52,6 +53,7 @@ pub struct Wal {
 pub(super) struct Shared {
     pub(super) inner: Mutex<Inner>,
     pub(super) wake: Condvar,
+    pub(super) meter: Meter,
 }
 
 #[derive(Debug)]
@@ -96,6 +98,7 @@ impl Wal {
                 next_ticket: 1,
             }),
             wake: Condvar::new(),
+            meter: Meter::default(),
         });
         let for_writer = Arc::clone(&shared);
         let writer = std::thread::Builder::new()
@@ -172,6 +175,10 @@ impl Log for Wal {
     fn state(&self) -> LogState {
         let inner = self.shared.inner.lock();
         inner.index.state(inner.disk_bytes)
+    }
+
+    fn pace(&self) -> Pace {
+        self.shared.meter.pace()
     }
 
     fn read(&self, range: Range<u64>, max_bytes: usize) -> Result<Vec<LogEntry>> {

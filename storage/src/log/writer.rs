@@ -104,8 +104,10 @@ impl Writer {
     /// Until the log is dropped.
     pub(super) fn run(mut self, shared: &Shared) {
         while let Some(mut ops) = next_batch(shared, self.options.batch_bytes) {
+            shared.meter.begin();
             let written = catch_unwind(AssertUnwindSafe(|| self.write(&mut ops)))
                 .unwrap_or_else(|_| Err(StorageError::Stopped("the log writer panicked".into())));
+            shared.meter.end();
             let written = written.map(|gone| self.publish(shared, gone));
             match written {
                 Ok(gone) => {

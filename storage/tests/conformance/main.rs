@@ -1,7 +1,8 @@
 //! What every implementation must do, and what files must survive. One binary for the crate.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
+#![allow(clippy::unwrap_used, clippy::print_stderr)] // helpers of tests; figures of long forms
 
+mod churn;
 mod damage;
 mod datadir;
 mod disk;

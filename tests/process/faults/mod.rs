@@ -1,0 +1,10 @@
+//! Disks that are full, fail, are slow or lie, under real members. What is injected is real: a small file
+//! system that is filled, a preloaded library that lets chosen calls fail (`tests/faults/shim.c`),
+//! flipped bits in the files of a stopped member, SIGSTOP.
+//!
+//! A run that did not meet its fault proves nothing and fails.
+
+mod full;
+#[allow(dead_code)]
+mod shim;
+mod slow;
