@@ -71,6 +71,27 @@ async fn a_member_that_differs_answers_no_reads_and_is_named() {
     agreement(&cluster, odd, |seen| seen.diverged).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_differs_hands_over_and_does_not_come_back() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    cluster.put(1, "a", 1).await;
+    let odd = cluster.leader().await;
+    cluster.nodes[&odd].machine.spoil();
+    cluster.put(odd, "a", 1).await;
+    agreement(&cluster, odd, |seen| seen.diverged).await;
+    let right: Vec<u64> = cluster.ids().into_iter().filter(|id| *id != odd).collect();
+    for id in &right {
+        let moved = |s: &mainstay_raft::Status| s.leader.is_some_and(|leader| leader != odd);
+        cluster.wait(*id, "another leader", moved).await;
+    }
+    // What a client is told from now on is the majority's.
+    assert_eq!(cluster.put(odd, "a", 1).await, 3);
+    let group = cluster.nodes[&right[0]].group();
+    let back = group.transfer_leader(Some(odd)).await;
+    assert!(back.is_err(), "it took the lead again");
+    assert_ne!(cluster.leader().await, odd);
+}
+
 /// Whatever was applied when, positions where states can be compared are shared.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_are_compared_while_writes_go_on() {
