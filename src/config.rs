@@ -1,6 +1,7 @@
 //! What one member is told: flags, environment, file, defaults, in that order. Every mistake is a
 //! sentence that says what to write instead. Opens nothing, listens nowhere.
 
+use crate::backup::schedule::Schedule;
 use crate::space::{self, LowDisk};
 use clap::{Args, ValueEnum};
 use mainstay_raft::Member;
@@ -24,6 +25,10 @@ pub const NODE_UNREACHABLE_MS: u64 = 20_000;
 pub const NODE_LEASE_MS: u64 = 120_000;
 /// Default time for which the way back to the previous release stays open.
 pub const FEATURE_GRACE_S: u64 = 3_600;
+/// Default pause between two snapshots that a member saves by itself.
+const SNAPSHOT_EVERY: Duration = Duration::from_secs(3_600);
+/// Default number of them that are kept: a day's.
+const SNAPSHOT_KEEP: usize = 24;
 /// Heartbeats come four times as often, and an election takes about a second.
 const NODE_UNREACHABLE_MS_MIN: u64 = 2_000;
 
@@ -101,6 +106,15 @@ pub struct ServerArgs {
     /// below half of it, it hands over the lead [default: 5%, at most 2GiB]
     #[arg(long, env = "MAINSTAY_LOW_DISK", value_name = "SIZE")]
     pub low_disk: Option<String>,
+    /// Save snapshots of the whole state into this directory, one of them at once
+    #[arg(long, env = "MAINSTAY_SNAPSHOT_DIR", value_name = "DIR")]
+    pub snapshot_dir: Option<PathBuf>,
+    /// Pause between two of them: a number with s, m, h or d [default: 1h]
+    #[arg(long, env = "MAINSTAY_SNAPSHOT_EVERY", value_name = "DURATION")]
+    pub snapshot_every: Option<String>,
+    /// So many of them are kept, the newest ones [default: 24]
+    #[arg(long, env = "MAINSTAY_SNAPSHOT_KEEP", value_name = "N")]
+    pub snapshot_keep: Option<usize>,
     /// Answer browsers that show pages of other origins [default: false]
     #[arg(long, env = "MAINSTAY_ALLOW_CORS", num_args = 0..=1, require_equals = true,
         default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
@@ -152,6 +166,8 @@ pub struct Config {
     pub snapshot_log_bytes: u64,
     /// Free room below which pushes are refused.
     pub low_disk: LowDisk,
+    /// Snapshots that this member saves by itself.
+    pub snapshots: Option<Schedule>,
     /// Answer cross-origin requests of browsers.
     pub allow_cors: bool,
     /// Log lines.
@@ -206,6 +222,7 @@ impl ServerArgs {
             token: args.token()?,
             advertise_host: args.advertise_host.clone().unwrap_or(host),
             feature_grace: Duration::from_secs(args.feature_grace_s.unwrap_or(FEATURE_GRACE_S)),
+            snapshots: args.snapshots()?,
             allow_cors: args.allow_cors.unwrap_or(false),
             log_format: args.log_format.unwrap_or_default(),
             name,
@@ -237,6 +254,9 @@ impl ServerArgs {
             feature_grace_s: self.feature_grace_s.or(file.feature_grace_s),
             snapshot_log: self.snapshot_log.or(file.snapshot_log),
             low_disk: self.low_disk.or(file.low_disk),
+            snapshot_dir: self.snapshot_dir.or(file.snapshot_dir),
+            snapshot_every: self.snapshot_every.or(file.snapshot_every),
+            snapshot_keep: self.snapshot_keep.or(file.snapshot_keep),
             allow_cors: self.allow_cors.or(file.allow_cors),
             log_format: self.log_format.or(file.log_format),
             config: None,
@@ -253,6 +273,26 @@ impl ServerArgs {
                 "--snapshot-log {text}: give a size of at least 64KiB, such as 64MiB"
             )),
         }
+    }
+
+    fn snapshots(&self) -> Result<Option<Schedule>, ConfigError> {
+        let Some(dir) = self.snapshot_dir.clone() else {
+            if self.snapshot_every.is_some() || self.snapshot_keep.is_some() {
+                return wrong("--snapshot-every and --snapshot-keep need --snapshot-dir");
+            }
+            return Ok(None);
+        };
+        let every = self
+            .snapshot_every
+            .as_deref()
+            .map_or(Ok(SNAPSHOT_EVERY), |text| {
+                duration("--snapshot-every", text)
+            })?;
+        let keep = self.snapshot_keep.unwrap_or(SNAPSHOT_KEEP);
+        if keep == 0 {
+            return wrong("--snapshot-keep 0 would keep none: give at least 1");
+        }
+        Ok(Some(Schedule { dir, every, keep }))
     }
 
     fn node_times(&self) -> Result<(Duration, Duration), ConfigError> {
@@ -330,7 +370,8 @@ fn host_name() -> Result<String, ConfigError> {
     }
 }
 
-fn check_name(name: &str) -> Result<(), ConfigError> {
+/// A member's name becomes part of file names and addresses.
+pub fn check_name(name: &str) -> Result<(), ConfigError> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.len() > 63 || !name.chars().all(good) {
         return wrong(format!(
@@ -413,6 +454,25 @@ pub fn split_url(url: &str) -> Result<(String, u16), ConfigError> {
             Ok((host.to_owned(), uri.port_u16().unwrap_or(PEER_PORT)))
         }
         _ => Err(bad()),
+    }
+}
+
+/// A number of seconds, minutes, hours or days.
+fn duration(flag: &str, text: &str) -> Result<Duration, ConfigError> {
+    let unit_s = match text.chars().last() {
+        Some('s') => 1,
+        Some('m') => 60,
+        Some('h') => 3_600,
+        Some('d') => 86_400,
+        _ => 0,
+    };
+    let number = text.get(..text.len().saturating_sub(1));
+    let number = number.and_then(|number| number.parse::<u64>().ok());
+    match number.and_then(|number| number.checked_mul(unit_s)) {
+        Some(s) if s > 0 => Ok(Duration::from_secs(s)),
+        _ => wrong(format!(
+            "{flag} \"{text}\" is not a duration: write a number with s, m, h or d, e.g. 1h"
+        )),
     }
 }
 
@@ -510,6 +570,34 @@ mod tests {
                 .0
                 .contains("more than")
         );
+    }
+
+    #[test]
+    fn a_schedule_needs_a_place_and_a_sane_pause() {
+        let schedule = |dir: Option<&str>, every: Option<&str>, keep| {
+            let mut args = args("c1=http://h:1");
+            args.snapshot_dir = dir.map(PathBuf::from);
+            args.snapshot_every = every.map(str::to_owned);
+            args.snapshot_keep = keep;
+            args.resolve().map(|c| c.snapshots).map_err(|e| e.0)
+        };
+        assert_eq!(schedule(None, None, None), Ok(None));
+        let of = |s, keep| Schedule {
+            dir: "/s".into(),
+            every: Duration::from_secs(s),
+            keep,
+        };
+        assert_eq!(schedule(Some("/s"), None, None), Ok(Some(of(3600, 24))));
+        assert_eq!(
+            schedule(Some("/s"), Some("15m"), Some(2)),
+            Ok(Some(of(900, 2)))
+        );
+        for bad in ["", "s", "15", "0s", "-1h", "1w", "é"] {
+            let error = schedule(Some("/s"), Some(bad), None).unwrap_err();
+            assert!(error.contains("not a duration"), "{bad}: {error}");
+        }
+        assert!(schedule(Some("/s"), None, Some(0)).is_err());
+        assert!(schedule(None, Some("1h"), None).is_err());
     }
 
     #[test]

@@ -7,6 +7,7 @@ compile_error!("seeded bugs are for tests: never build a release with them");
 
 pub mod agents;
 pub mod app;
+pub mod backup;
 pub mod cli;
 pub mod config;
 pub mod descriptors;
@@ -17,6 +18,7 @@ pub mod machine;
 pub mod peer;
 pub mod reconcile;
 pub mod registry;
+pub mod rescue;
 pub mod server;
 pub mod space;
 pub mod stamp;

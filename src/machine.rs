@@ -4,7 +4,8 @@
 use bytes::Bytes;
 use mainstay_model::feature::SUPPORTED;
 use mainstay_model::{State, codec};
-use mainstay_raft::machine::{Change, Fault};
+use mainstay_raft::machine::{Change, Entries, Fault};
+use mainstay_storage::UntilError;
 use parking_lot::RwLock;
 use std::sync::Arc;
 
@@ -61,9 +62,11 @@ impl mainstay_raft::Machine for ModelMachine {
         self.state.read().export()
     }
 
-    fn import(&self, entries: Vec<(Vec<u8>, Vec<u8>)>) -> Result<(), Fault> {
-        let state = State::import(entries.into_iter())
-            .map_err(|e| Fault(format!("cannot read the stored state: {e}")))?;
+    fn import(&self, entries: &mut Entries<'_>) -> Result<(), Fault> {
+        let mut entries = UntilError::new(entries);
+        let imported = State::import(&mut entries);
+        entries.outcome()?;
+        let state = imported.map_err(|e| Fault(format!("cannot read the stored state: {e}")))?;
         supported(&state)?;
         *self.state.write() = state;
         Ok(())

@@ -9,6 +9,7 @@
 //! ```
 
 use crate::app::App;
+use crate::backup::{export::Saver, schedule};
 use crate::config::Config;
 use crate::founding::{self, Ledger};
 use crate::http::{About, ApiState};
@@ -16,6 +17,7 @@ use crate::listen::{self, Door};
 use crate::machine::ModelMachine;
 use crate::peer::{self, MemberHttp, Notices, PeerClient, PeerDialer, PeerPort};
 use crate::registry::{self, RegistryService};
+use crate::rescue::known;
 use crate::space::Space;
 use crate::{agents, cli, descriptors, http as rest, reconcile, stamp};
 use anyhow::{Context, anyhow, bail};
@@ -379,6 +381,7 @@ impl Member {
         let space = stores.space;
         let about = About {
             name: port.config.name.clone(),
+            cluster_id: cluster_id.to_owned(),
             version: cli::VERSION.to_owned(),
             registry_address: port.member.registry_url.clone(),
             allow_cors: port.config.allow_cors,
@@ -410,6 +413,15 @@ impl Member {
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&registry).replicate());
         tasks.spawn(space.watch(group.clone()));
+        tasks.spawn(known::keep(port.config.data_dir.clone(), group.clone()));
+        if let Some(schedule) = port.config.snapshots.clone() {
+            let saver = Saver {
+                cluster_id: cluster_id.to_owned(),
+                name: port.config.name.clone(),
+                release: cli::VERSION.to_owned(),
+            };
+            tasks.spawn(schedule::run(schedule, group.clone(), saver));
+        }
         let (unreachable, lease) = (port.config.node_unreachable, port.config.node_lease);
         let nodes = agents::AgentsState::new(
             app.clone(),

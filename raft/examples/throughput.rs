@@ -7,7 +7,7 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use mainstay_raft::machine::Change;
+use mainstay_raft::machine::{Change, Entries};
 use mainstay_raft::{Dialer, Fault, Group, GroupConfig, Machine, Member, PeerStream};
 use mainstay_storage::engine::SledEngine;
 use mainstay_storage::log::Wal;
@@ -46,8 +46,8 @@ impl Machine for Last {
     fn export(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
         self.0.lock().0.clone().into_iter().collect()
     }
-    fn import(&self, entries: Vec<(Vec<u8>, Vec<u8>)>) -> Result<(), Fault> {
-        self.0.lock().0 = entries.into_iter().collect();
+    fn import(&self, entries: &mut Entries<'_>) -> Result<(), Fault> {
+        self.0.lock().0 = entries.collect::<Result<_, _>>()?;
         Ok(())
     }
 }

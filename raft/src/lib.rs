@@ -2,6 +2,7 @@
 //!
 //! * [`Group`]: this process's member of the Raft group: propose, read barrier, membership, status.
 //! * [`Machine`]: what the committed bytes are applied to.
+//! * [`offline`]: what is done to a member's stores while it does not run.
 //! * [`Dialer`]: how another member is reached; [`Group::serve`] takes the other end.
 //!
 //! ```text
@@ -17,6 +18,7 @@
 mod codec;
 pub mod group;
 pub mod machine;
+pub mod offline;
 #[cfg(feature = "seeded-bugs")]
 mod seeded;
 mod store;
@@ -25,4 +27,5 @@ mod types;
 
 pub use group::{Agreement, Group, GroupConfig, GroupError, MemberStatus, Role, Status, Unfit};
 pub use machine::{Fault, Machine};
+pub use store::snapshot::SnapshotFile;
 pub use transport::{Dialer, Member, PeerStream};

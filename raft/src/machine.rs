@@ -8,6 +8,9 @@ pub use mainstay_storage::engine::Change;
 #[error("state machine stopped: {0}")]
 pub struct Fault(pub String);
 
+/// Entries of a whole state, as they are read.
+pub type Entries<'a> = dyn Iterator<Item = Result<(Vec<u8>, Vec<u8>), Fault>> + 'a;
+
 /// A deterministic state machine. Calls come one at a time, in log order.
 pub trait Machine: Send + Sync + 'static {
     /// Refuse a command that [`apply`](Self::apply) could not read, in words, before it is in the
@@ -22,6 +25,7 @@ pub trait Machine: Send + Sync + 'static {
     fn take_changes(&self) -> Vec<Change>;
     /// Everything, in key order.
     fn export(&self) -> Vec<(Vec<u8>, Vec<u8>)>;
-    /// Replace everything.
-    fn import(&self, entries: Vec<(Vec<u8>, Vec<u8>)>) -> Result<(), Fault>;
+    /// Replace everything by these entries, which come in key order; or, if one of them is an error,
+    /// answer it and change nothing.
+    fn import(&self, entries: &mut Entries<'_>) -> Result<(), Fault>;
 }

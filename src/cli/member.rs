@@ -4,6 +4,7 @@
 use super::client::ApiClient;
 use super::status::{self, MemberRow};
 use super::table::{self, Output, Table};
+use super::{recover, repair};
 use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -35,6 +36,10 @@ enum MemberCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Make the last data directory of a cluster that lost its majority a cluster of one (offline)
+    Recover(recover::RecoverArgs),
+    /// Let a member whose data directory is damaged join again, keeping its chunks (while it is stopped)
+    Repair(repair::RepairArgs),
     /// Hand the leadership to another member
     TransferLeader {
         /// Name or id; any that has caught up when absent
@@ -56,6 +61,8 @@ pub async fn run(args: MemberArgs, endpoints: &[String], output: Output) -> anyh
             table::line(&text)?;
             Ok(())
         }
+        MemberCommand::Recover(args) => recover::run(args, output).await,
+        MemberCommand::Repair(args) => repair::run(args, endpoints, output).await,
         MemberCommand::TransferLeader { name } => {
             let text = change(endpoints, "transfer-leader", json!({"name": name})).await?;
             table::line(&text)?;

@@ -16,7 +16,10 @@ pub mod instance;
 pub mod load;
 pub mod member;
 pub mod node;
+pub mod recover;
+pub mod repair;
 pub mod server;
+pub mod snapshot;
 pub mod status;
 pub mod table;
 pub mod template;
@@ -66,6 +69,8 @@ enum Verb {
     Instance(Box<instance::InstanceArgs>),
     /// Push, pull and manage templates
     Template(template::TemplateArgs),
+    /// Save the whole state, check a saved one, make a new cluster from it
+    Snapshot(snapshot::SnapshotArgs),
     /// Measure a cluster under load
     Bench(bench::BenchArgs),
     /// Print a completion script for a shell
@@ -108,6 +113,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Node(args) => Box::pin(node::run(args, &endpoints, output)).await,
         Verb::Instance(args) => Box::pin(instance::run(*args, &endpoints, output)).await,
         Verb::Template(args) => Box::pin(template::run(args, &endpoints, output)).await,
+        Verb::Snapshot(args) => Box::pin(snapshot::run(args, &endpoints, output)).await,
         Verb::Bench(args) => Box::pin(bench::run(args, &endpoints, output == Output::Json)).await,
         Verb::Completion { shell } => {
             let mut script = Vec::new();

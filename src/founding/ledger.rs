@@ -70,6 +70,20 @@ impl Ledger {
         })
     }
 
+    /// What `Identity::founding` holds for a member that alone makes up the cluster of `charter`, and has
+    /// been its voter from the beginning. Whoever asks it about founding is told of that cluster.
+    pub fn sole(charter: Charter) -> Result<Vec<u8>, LedgerError> {
+        let memory = Memory {
+            acceptor: Acceptor {
+                decided: Some(charter),
+                ..Acceptor::default()
+            },
+            joined: true,
+            ..Memory::default()
+        };
+        serde_json::to_vec(&memory).map_err(|e| LedgerError::Unreadable(e.to_string()))
+    }
+
     /// This member's id.
     pub fn member_id(&self) -> u64 {
         self.inner.lock().0.member_id

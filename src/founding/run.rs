@@ -8,7 +8,7 @@ use crate::peer::client::{ASK_TIMEOUT, JOIN_TIMEOUT};
 use crate::peer::wire::{FoundingCall, FoundingReply, HelloReply, JoinReply};
 use crate::peer::{PeerClient, PeerError, PeerPort};
 use futures::future::join_all;
-use mainstay_raft::{Group, Role, Status};
+use mainstay_raft::{Group, MemberStatus, Role, Status};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -304,7 +304,9 @@ pub async fn stay(
             tokio::time::sleep(CALM_PAUSE).await;
             continue;
         }
-        if !settled && !seen.ours.is_empty() {
+        if !settled && status.is_leader() {
+            announce(&port, &group, &status).await;
+        } else if !settled && !seen.ours.is_empty() {
             let at = seen.ours[next_peer % seen.ours.len()];
             next_peer += 1;
             ask_to_join(&port, &http, &port.config.list[at]).await;
@@ -338,6 +340,17 @@ async fn initialise(port: &PeerPort, group: &Group) {
     if let Err(e) = group.initialize(founders).await {
         port.notices
             .set("group", Some(format!("cannot start the group: {e}")));
+    }
+}
+
+/// The leader puts its own addresses right; a member that is alone has nobody else to ask.
+async fn announce(port: &PeerPort, group: &Group, status: &Status) {
+    let id = port.ledger.member_id();
+    let stale = |at: &MemberStatus| at.role == Role::Voter && at.member != port.member;
+    if status.members.get(&id).is_some_and(stale)
+        && let Err(e) = group.add_learner(id, port.member.clone()).await
+    {
+        tracing::debug!("cannot announce this member's addresses yet: {e}");
     }
 }
 

@@ -32,7 +32,11 @@ use mainstay_storage::chunks::ChunkStats;
 use parking_lot::{Mutex, RwLockReadGuard};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
+
+/// Snapshots being sent at once.
+const SAVES_MAX: usize = 2;
 
 /// A figure that is looked up when it is asked for.
 pub type Getter<T> = Arc<dyn Fn() -> T + Send + Sync>;
@@ -42,6 +46,8 @@ pub type Getter<T> = Arc<dyn Fn() -> T + Send + Sync>;
 pub struct About {
     /// Member name, for as long as the membership does not say.
     pub name: String,
+    /// The cluster this member is part of.
+    pub cluster_id: String,
     /// `x.y.z-hash`.
     pub version: String,
     /// Registry address that others are told.
@@ -67,6 +73,8 @@ pub struct ApiState {
     pub liveness: Liveness,
     /// This member.
     pub about: Arc<About>,
+    /// Bounds snapshots that are being sent: each holds a file and a thread.
+    saves: Arc<Semaphore>,
     /// Start of the newest read barrier that succeeded: the local state is at least that new.
     fresh: Arc<Mutex<Option<Instant>>>,
 }
@@ -89,6 +97,7 @@ impl ApiState {
             app,
             liveness,
             about: Arc::new(about),
+            saves: Arc::new(Semaphore::new(SAVES_MAX)),
             fresh: Arc::default(),
         }
     }

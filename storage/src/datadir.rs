@@ -4,8 +4,12 @@
 //! ```text
 //! missing or empty -> lock -> identity written (tmp, fsync, rename, fsync) -> ours
 //! ours             -> lock -> identity verified
+//! being rebuilt    -> refused: the command that was interrupted must be run again
 //! anything else    -> refused, nothing touched
 //! ```
+//!
+//! A command that rebuilds a directory which no member runs on ([`DataDir::attach`]) brackets its work by
+//! [`DataDir::begin`] and [`DataDir::done`]: in between, no member starts on it, also after a crash.
 
 use crate::disk::{Disk, RealDisk, create_dir_durable, io_error, replace_file};
 use crate::{Result, StorageError};
@@ -21,7 +25,11 @@ const FORMAT: u32 = 1;
 const IDENTITY: &str = "identity";
 const IDENTITY_TEMP: &str = "identity.tmp";
 const LOCK: &str = "lock";
-const PARTS: [&str; 4] = ["log", "state", "snapshots", "chunks"];
+/// Holds the command that rebuilds the directory, while it does.
+const UNFINISHED: &str = "unfinished";
+const UNFINISHED_TEMP: &str = "unfinished.tmp";
+const CHUNKS: &str = "chunks";
+pub(crate) const PARTS: [&str; 4] = ["log", "state", "snapshots", CHUNKS];
 /// An identity is small; a longer file is not one.
 const IDENTITY_LEN_MAX: u64 = 16 << 20;
 
@@ -65,13 +73,14 @@ impl DataDir {
         if root.exists() {
             refuse_strangers(root)?;
         }
-        create_dir_durable(&*disk, root)?;
-        let dir = Self {
-            root: root.to_path_buf(),
-            disk,
-            _lock: lock(root)?,
-        };
-        let identity = match dir.load()? {
+        let dir = Self::locked(root, disk)?;
+        if let Some(command) = dir.unfinished()? {
+            return Err(StorageError::Foreign(format!(
+                "{} was left half way by a command that was interrupted; run it again: `{command}`",
+                root.display()
+            )));
+        }
+        let identity = match dir.identity()? {
             Some(identity) => identity,
             None => {
                 let identity = fresh();
@@ -83,10 +92,78 @@ impl DataDir {
                 identity
             }
         };
-        for part in PARTS {
-            create_dir_durable(&*dir.disk, &dir.path(part))?;
-        }
+        dir.create_parts()?;
         Ok((dir, identity))
+    }
+
+    /// Lock a directory that is ours, or an empty or missing one (which is created), for a command that
+    /// rebuilds it. Nothing in it is read or changed; no member can start on it meanwhile.
+    pub fn attach(root: &Path) -> Result<Self> {
+        if root.exists() {
+            refuse_strangers(root)?;
+        }
+        Self::locked(root, Arc::new(RealDisk))
+    }
+
+    fn locked(root: &Path, disk: Arc<dyn Disk>) -> Result<Self> {
+        create_dir_durable(&*disk, root)?;
+        Ok(Self {
+            root: root.to_path_buf(),
+            disk,
+            _lock: lock(root)?,
+        })
+    }
+
+    /// From now on, and after any crash, no member starts here: it is told to run `command` again.
+    /// Durable on return.
+    pub fn begin(&self, command: &str) -> Result<()> {
+        let (path, temp) = (self.path(UNFINISHED), self.path(UNFINISHED_TEMP));
+        replace_file(&*self.disk, &path, &temp, command.as_bytes())
+    }
+
+    /// Everything is in place: a member may start here. Durable on return.
+    pub fn done(&self) -> Result<()> {
+        let path = self.path(UNFINISHED);
+        self.disk.remove(&path).map_err(io_error("remove", &path))?;
+        self.sync_root()
+    }
+
+    /// The command that began and has not finished.
+    pub fn unfinished(&self) -> Result<Option<String>> {
+        let path = self.path(UNFINISHED);
+        match std::fs::read(&path) {
+            Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(io_error("read", &path)(e)),
+        }
+    }
+
+    /// Empty log, state and snapshots, and leave the chunks. Only between [`DataDir::begin`] and
+    /// [`DataDir::done`]: a crash leaves any part of it done.
+    pub fn empty(&self) -> Result<()> {
+        for part in PARTS.into_iter().filter(|part| *part != CHUNKS) {
+            let path = self.path(part);
+            match std::fs::remove_dir_all(&path) {
+                Ok(()) => {}
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(io_error("remove", &path)(e)),
+            }
+        }
+        self.sync_root()?;
+        self.create_parts()
+    }
+
+    fn create_parts(&self) -> Result<()> {
+        for part in PARTS {
+            create_dir_durable(&*self.disk, &self.path(part))?;
+        }
+        Ok(())
+    }
+
+    fn sync_root(&self) -> Result<()> {
+        self.disk
+            .sync_dir(&self.root)
+            .map_err(io_error("sync directory", &self.root))
     }
 
     /// Replace the identity file; durable on return.
@@ -101,7 +178,8 @@ impl DataDir {
         self.root.join(name)
     }
 
-    fn load(&self) -> Result<Option<Identity>> {
+    /// Whose it is; `None` in a new one.
+    pub fn identity(&self) -> Result<Option<Identity>> {
         let path = self.path(IDENTITY);
         match std::fs::metadata(&path) {
             Ok(meta) if meta.len() > IDENTITY_LEN_MAX => {
@@ -128,9 +206,9 @@ fn refuse_strangers(root: &Path) -> Result<()> {
     for item in std::fs::read_dir(root).map_err(io_error("list", root))? {
         let name = item.map_err(io_error("list", root))?.file_name();
         match name.to_str() {
-            Some(IDENTITY) => return Ok(()),
+            Some(IDENTITY | UNFINISHED) => return Ok(()),
             // What our own interrupted creation leaves, and what a new file system has.
-            Some(IDENTITY_TEMP | LOCK | "lost+found") => {}
+            Some(IDENTITY_TEMP | UNFINISHED_TEMP | LOCK | "lost+found") => {}
             _ => stranger = stranger.or(Some(name)),
         }
     }

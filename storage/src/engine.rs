@@ -25,11 +25,21 @@ pub struct Loaded {
     pub entries: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
+/// Entries as they are read, in key order; an error is the last item.
+pub type Entries<'a> = Box<dyn Iterator<Item = Result<(Vec<u8>, Vec<u8>)>> + 'a>;
+
 /// A durable key-value store. Implementations: `SledEngine`, `MemoryEngine`. Calls block; a failed
 /// call is final (the member must stop).
 pub trait Engine: Send + Sync + 'static {
-    /// Read everything (at start).
-    fn load(&self) -> Result<Loaded>;
+    /// The mark, and every entry one by one, in constant memory. The caller changes nothing before it
+    /// has let go of them. Damage may show only at the end: nothing counts before the last was read.
+    fn read(&self) -> Result<(Option<Vec<u8>>, Entries<'_>)>;
+    /// Read everything at once.
+    fn load(&self) -> Result<Loaded> {
+        let (mark, entries) = self.read()?;
+        let entries = entries.collect::<Result<_>>()?;
+        Ok(Loaded { mark, entries })
+    }
     /// Apply `changes` and set the mark, atomically; durable on return. Values may be of any size.
     fn checkpoint(&self, changes: &[Change], mark: &[u8]) -> Result<()>;
     /// Replace everything (a snapshot was installed), atomically; durable on return. Keys must ascend

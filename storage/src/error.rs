@@ -1,6 +1,6 @@
 //! What can go wrong with durable bytes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result of this crate.
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;
@@ -47,16 +47,55 @@ pub enum StorageError {
     BadDigest(String),
 }
 
-/// What a person does about damage that this member cannot repair by itself.
-pub(crate) const REPAIR_HINT: &str = "this member's copy cannot be trusted; the other members hold the data: \
-    stop it, run `mainstay member replace` and let it join again with an empty data directory";
+/// What a person does about damage, found at `path`, that this member cannot repair by itself. The command
+/// is complete: it names the data directory that `path` is in.
+pub fn repair_hint(path: &Path) -> String {
+    let part = |dir: &&Path| {
+        let name = dir.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| crate::datadir::PARTS.contains(&name))
+    };
+    // The part itself, or a file in it; the identity lies beside the parts.
+    let beside = path.ends_with("identity");
+    let mut near = path.ancestors().take(if beside { 0 } else { 2 });
+    let root = match near.find(part) {
+        Some(part) => part.parent(),
+        None => path.parent(),
+    };
+    let root = root.unwrap_or(Path::new("."));
+    format!(
+        "this member's copy cannot be trusted; the other members hold the data: \
+         run `mainstay member repair --data-dir {}`, then start this member again",
+        root.display()
+    )
+}
 
 impl StorageError {
     /// Damage found at `path`; says what to do.
-    pub(crate) fn corrupt(path: &std::path::Path, detail: impl std::fmt::Display) -> Self {
+    pub(crate) fn corrupt(path: &Path, detail: impl std::fmt::Display) -> Self {
         Self::Corrupt {
             path: path.to_path_buf(),
-            detail: format!("{detail}; {REPAIR_HINT}"),
+            detail: format!("{detail}; {}", repair_hint(path)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hint_names_the_data_directory() {
+        let hint = |path: &str| repair_hint(Path::new(path));
+        for path in [
+            "/d/log/1.wal",
+            "/d/log",
+            "/d/state",
+            "/d/snapshots/1.snap",
+            "/d/identity",
+        ] {
+            assert!(hint(path).contains("--data-dir /d`"), "{path}");
+        }
+        assert!(hint("/log/state/identity").contains("--data-dir /log/state`"));
+        assert!(hint("/state/c1/log/1.wal").contains("--data-dir /state/c1`"));
     }
 }

@@ -14,9 +14,11 @@ pub mod chunks;
 pub mod datadir;
 pub mod disk;
 pub mod engine;
+mod entries;
 pub mod error;
 pub mod log;
 pub mod reserve;
 pub mod snapshot;
 
+pub use entries::UntilError;
 pub use error::{Result, StorageError};

@@ -2,8 +2,10 @@
 //! Written to a temporary name, fsynced, renamed, directory fsynced; a reader verifies while it reads.
 //! Knows nothing of what the keys mean.
 
+mod encode;
 mod file;
 
+pub use encode::SnapshotEncoder;
 pub use file::{SnapshotInfo, SnapshotReader, verify};
 
 use crate::disk::{Disk, RealDisk, create_dir_durable, file_names, io_error};
@@ -11,6 +13,7 @@ use crate::{Result, StorageError};
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Ends the name of a whole snapshot.
 const SUFFIX: &str = ".snap";
@@ -31,6 +34,8 @@ pub struct SnapshotDir {
     disk: Arc<dyn Disk>,
     /// Order of the newest file; held while one is made current.
     newest: Mutex<u64>,
+    /// A damaged one was discarded, and no other has taken its place.
+    lacking: AtomicBool,
 }
 
 impl SnapshotDir {
@@ -52,6 +57,7 @@ impl SnapshotDir {
             dir: dir.to_path_buf(),
             disk,
             newest: Mutex::new(0),
+            lacking: AtomicBool::new(false),
         };
         if let Some((order, _)) = opened.newest()? {
             *opened.newest.lock() = order;
@@ -68,10 +74,23 @@ impl SnapshotDir {
         meta: &[u8],
         entries: &mut dyn Iterator<Item = (Vec<u8>, Vec<u8>)>,
     ) -> Result<PathBuf> {
+        let mut writer = self.begin(name, meta)?;
+        for (key, value) in entries {
+            writer.put(&key, &value)?;
+        }
+        writer.finish()
+    }
+
+    /// Begin a snapshot that is written entry by entry.
+    pub fn begin(&self, name: &str, meta: &[u8]) -> Result<SnapshotWriter<'_>> {
         check_name(name)?;
         let temp = self.dir.join(format!("{name}{TEMP_SUFFIX}"));
-        file::write(&*self.disk, &temp, meta, entries)?;
-        self.make_current(&temp, name)
+        Ok(SnapshotWriter {
+            output: Some(file::Output::create(&*self.disk, &temp, meta)?),
+            dir: self,
+            temp,
+            name: name.to_owned(),
+        })
     }
 
     /// A fresh path to receive a snapshot into; [`SnapshotDir::adopt`] makes it current. `name` is
@@ -87,8 +106,13 @@ impl SnapshotDir {
 
     /// Verify a received file and make it the current one, durable on return.
     pub fn adopt(&self, incoming: &Path, name: &str) -> Result<PathBuf> {
-        check_name(name)?;
         file::verify(incoming)?;
+        self.adopt_verified(incoming, name)
+    }
+
+    /// The same of a file that was verified: a [`SnapshotReader`] has read it.
+    pub fn adopt_verified(&self, incoming: &Path, name: &str) -> Result<PathBuf> {
+        check_name(name)?;
         let file = self
             .disk
             .open(incoming)
@@ -110,6 +134,32 @@ impl SnapshotDir {
         }
     }
 
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Remove a file that was found damaged, so that another is made.
+    pub fn discard(&self, path: &Path) -> Result<()> {
+        let _no_change = self.newest.lock();
+        tracing::warn!(path = %path.display(), "this snapshot file is damaged and is discarded: another one is made from the state");
+        match self.disk.remove(path) {
+            Ok(()) => {}
+            // A newer one has taken its place meanwhile.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(io_error("remove", path)(e)),
+        }
+        self.lacking.store(true, Ordering::SeqCst);
+        self.disk
+            .sync_dir(&self.dir)
+            .map_err(io_error("sync directory", &self.dir))
+    }
+
+    /// Was a damaged one discarded, and has no other taken its place?
+    pub fn lacking(&self) -> bool {
+        self.lacking.load(Ordering::SeqCst)
+    }
+
     fn make_current(&self, from: &Path, name: &str) -> Result<PathBuf> {
         let mut newest = self.newest.lock();
         let order = *newest + 1;
@@ -121,6 +171,7 @@ impl SnapshotDir {
             .sync_dir(&self.dir)
             .map_err(io_error("sync directory", &self.dir))?;
         *newest = order;
+        self.lacking.store(false, Ordering::SeqCst);
         self.drop_older(order)?;
         Ok(path)
     }
@@ -143,6 +194,41 @@ impl SnapshotDir {
             .filter_map(|name| Some((order_of(&name)?, self.dir.join(&name))))
             .max();
         Ok(newest)
+    }
+}
+
+/// A snapshot on its way; dropped before it is finished, it leaves nothing.
+pub struct SnapshotWriter<'a> {
+    dir: &'a SnapshotDir,
+    output: Option<file::Output>,
+    temp: PathBuf,
+    name: String,
+}
+
+impl SnapshotWriter<'_> {
+    /// The next entry. Keys must ascend.
+    pub fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        match &mut self.output {
+            Some(output) => output.put(key, value),
+            None => Err(StorageError::Misuse("the snapshot is finished".into())),
+        }
+    }
+
+    /// Make it the current one, durable on return, and drop older ones.
+    pub fn finish(mut self) -> Result<PathBuf> {
+        if let Some(output) = self.output.take() {
+            output.finish()?;
+        }
+        self.dir.make_current(&self.temp, &self.name)
+    }
+}
+
+impl Drop for SnapshotWriter<'_> {
+    fn drop(&mut self) {
+        if self.output.take().is_some() {
+            // Best effort: what stays is removed when the directory is opened next.
+            let _ = self.dir.disk.remove(&self.temp);
+        }
     }
 }
 

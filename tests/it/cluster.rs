@@ -89,6 +89,7 @@ impl Answer {
 /// What a test member says of itself.
 fn about(id: u64) -> About {
     About {
+        cluster_id: "test".to_owned(),
         name: format!("c{id}"),
         version: "0.1.0-abcdef12".to_owned(),
         registry_address: format!("http://c{id}:8089"),

@@ -18,6 +18,9 @@ mod load;
 mod node_loss;
 mod push;
 mod refused;
+mod rescue;
+mod snapshots;
+mod thin_line;
 mod upgrade;
 
 use tokio::sync::{Mutex, MutexGuard};

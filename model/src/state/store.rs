@@ -37,8 +37,8 @@ impl State {
         out
     }
 
-    /// Every key and its value, in key order.
-    pub(super) fn for_each_entry(&self, mut visit: impl FnMut(Vec<u8>, Vec<u8>)) {
+    /// Every key and its value, in key order, one at a time.
+    pub fn for_each_entry(&self, mut visit: impl FnMut(Vec<u8>, Vec<u8>)) {
         let mut give = |key: Key| {
             if let Some(value) = self.value(&key) {
                 visit(key.to_bytes(), value);

@@ -22,6 +22,7 @@ use crate::store::fault::{FaultCell, chain};
 use crate::store::log::LogStore;
 use crate::store::lost;
 use crate::store::machine::StateMachine;
+use crate::store::snapshot::SnapshotFile;
 use crate::transport::network::{Factory, Peers};
 use crate::transport::wire::Admin;
 use crate::transport::{self, link::Link};
@@ -142,7 +143,7 @@ impl Group {
             fault: fault.clone(),
             interval: config.checkpoint_interval,
         };
-        let checkpointer = load(config.id, parts, log.clone()).await?;
+        let checkpointer = load(parts, log.clone()).await?;
         let state = StateMachine::new(
             machine.clone(),
             checkpointer.clone(),
@@ -221,6 +222,20 @@ impl Group {
     /// before the call (ReadIndex; concurrent calls share a round). The applied index.
     pub async fn read_barrier(&self, deadline: Duration) -> Result<u64, GroupError> {
         self.inner.read_barrier(Instant::now() + deadline).await
+    }
+
+    /// A snapshot that has everything acknowledged anywhere before the call. It is made by the checkpoint
+    /// thread, from what is on disk: applying and answering go on meanwhile.
+    pub async fn snapshot(&self, deadline: Duration) -> Result<SnapshotFile, GroupError> {
+        self.read_barrier(deadline).await?;
+        let failed = |e: std::io::Error| self.inner.stopped(&e.to_string());
+        self.inner.checkpointer.snapshot().await.map_err(failed)?;
+        let snapshots = self.inner.snapshots.clone();
+        tokio::task::spawn_blocking(move || SnapshotFile::current(&snapshots))
+            .await
+            .map_err(std::io::Error::other)
+            .flatten()
+            .map_err(failed)
     }
 
     /// A look at the group.
@@ -316,7 +331,7 @@ impl Group {
 }
 
 /// Load the engine into the machine; refused when the log does not go with it.
-async fn load(id: u64, parts: Parts, log: LogStore) -> Result<Arc<Checkpointer>, GroupError> {
+async fn load(parts: Parts, log: LogStore) -> Result<Arc<Checkpointer>, GroupError> {
     let work = move || {
         let fail = |e: std::io::Error| GroupError::Stopped(chain(&e));
         let snapshots = parts.snapshots.clone();
@@ -327,7 +342,11 @@ async fn load(id: u64, parts: Parts, log: LogStore) -> Result<Arc<Checkpointer>,
         if lost::lost(&log, &mark, &snapshots).map_err(fail)? {
             // So that it has let go of the engine when the caller hears of it.
             checkpointer.stop(false);
-            return Err(GroupError::Stopped(lost::advice(id, &mark)));
+            return Err(GroupError::Stopped(lost::advice(&snapshots)));
+        }
+        if let Err(e) = lost::heal(&snapshots) {
+            checkpointer.stop(false);
+            return Err(GroupError::Stopped(chain(&e)));
         }
         Ok(checkpointer)
     };

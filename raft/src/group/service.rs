@@ -11,7 +11,7 @@ use crate::types::{SnapshotMeta, Vote};
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use mainstay_storage::snapshot::SnapshotContent;
+use mainstay_storage::snapshot::SnapshotReader;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -149,12 +149,12 @@ fn safe_name(name: &str) -> io::Result<&str> {
 /// must not stop this member.
 async fn install(inner: &Inner, begin: SnapshotBegin, file: Partial) -> Served {
     let path: PathBuf = file.path().to_owned();
-    let read = tokio::task::spawn_blocking(move || mainstay_storage::snapshot::read(&path));
-    let content: SnapshotContent = read
+    let read = tokio::task::spawn_blocking(move || SnapshotReader::open(&path));
+    let reader = read
         .await
         .map_err(text)?
         .map_err(|e| crate::store::fault::chain(&e))?;
-    let mark = codec::Mark::decode(&content.meta).map_err(text)?;
+    let mark = codec::Mark::decode(&reader.info().meta).map_err(text)?;
     let meta = SnapshotMeta {
         last_log_id: mark.applied,
         last_membership: mark.membership,
@@ -163,7 +163,8 @@ async fn install(inner: &Inner, begin: SnapshotBegin, file: Partial) -> Served {
     let data = SnapshotData {
         path,
         file: None,
-        received: Some(content),
+        received: Some(reader),
+        home: None,
     };
     let vote: Vote = begin.vote.into();
     let snapshot = Snapshot {

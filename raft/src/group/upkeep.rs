@@ -1,7 +1,8 @@
 //! What a member does by itself: watches for faults, publishes its status, follows the membership's
 //! addresses, makes snapshots by log bytes and purges the log when nobody needs it.
 
-use super::{Inner, SHUT_DOWN, Status, status::status_of};
+use super::status::{answers, status_of};
+use super::{Inner, SHUT_DOWN, Status};
 use crate::types::Types;
 use openraft::RaftMetrics;
 use openraft::async_runtime::watch::WatchReceiver as _;
@@ -14,6 +15,8 @@ use tokio::sync::watch;
 const STATUS_EVERY: Duration = Duration::from_millis(1);
 /// Snapshots, purges and unfinished changes are looked at this often.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// The log is kept for members that are catching up until it is this long.
+const HELD_BYTES_MAX: u64 = 4 << 30;
 /// Looks at an unfinished membership change before it is finished here.
 const UNFINISHED_LOOKS: u32 = 6;
 
@@ -145,6 +148,20 @@ async fn look_after(inner: &Inner) {
     }
 }
 
+/// The log that a member which answers still has to receive: purged under it, it would need a snapshot, and
+/// while that is on its way more log than is kept piles up, and so on for ever. Bounded: beyond
+/// [`HELD_BYTES_MAX`] of log it is the snapshot after all.
+fn needed(inner: &Inner, metrics: &RaftMetrics<Types>) -> Option<u64> {
+    if inner.log.disk_bytes() > HELD_BYTES_MAX {
+        return None;
+    }
+    let lease = inner.config.election.1;
+    let all = metrics.replication.as_ref()?.iter();
+    all.filter(|(id, _)| **id != metrics.id && answers(metrics, **id, lease))
+        .filter_map(|(_, matched)| matched.map(|id| id.index))
+        .min()
+}
+
 fn worth_a_snapshot(metrics: &RaftMetrics<Types>) -> bool {
     let index = |id: Option<crate::types::LogId>| id.map_or(0, |id| id.index);
     index(metrics.last_applied) > index(metrics.snapshot)
@@ -159,6 +176,7 @@ async fn purge(inner: &Inner, metrics: &RaftMetrics<Types>) {
     let Some(upto) = snapshot.index.checked_sub(inner.config.keep_entries) else {
         return;
     };
+    let upto = upto.min(needed(inner, metrics).unwrap_or(upto));
     let purged = metrics.purged.map_or(0, |id| id.index);
     // In steps worth a file: not one entry at a time while the kept range slides.
     let step = (inner.config.keep_entries / 4).max(1);

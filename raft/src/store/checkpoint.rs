@@ -28,14 +28,14 @@ use super::digest::{At, Digests};
 use super::fault::{FaultCell, chain};
 use super::log::LogProgress;
 use crate::codec::Mark;
-use crate::machine::{Change, Machine};
+use crate::machine::{Change, Fault, Machine};
 use crate::types::{LogId, SnapshotMeta, StoredMembership};
 use mainstay_storage::engine::Engine;
-use mainstay_storage::snapshot::{SnapshotContent, SnapshotDir};
+use mainstay_storage::snapshot::{SnapshotDir, SnapshotReader};
+use mainstay_storage::{StorageError, UntilError};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -80,11 +80,11 @@ enum Order {
     },
 }
 
-/// A verified snapshot on its way in. `incoming` is the received file, `None` when it is already
-/// the current one (a crash cut an install short).
+/// A verified snapshot on its way in.
 pub(crate) struct Install {
-    pub(crate) content: SnapshotContent,
-    pub(crate) incoming: Option<PathBuf>,
+    pub(crate) reader: SnapshotReader,
+    /// It was received; else it is the current one already (a crash cut an install short).
+    pub(crate) received: bool,
 }
 
 /// Shared between the apply path and the thread.
@@ -110,26 +110,20 @@ pub(crate) struct Parts {
 impl Checkpointer {
     /// Load the engine into the machine and start the thread.
     pub(crate) fn start(parts: Parts) -> io::Result<Arc<Self>> {
-        let loaded = parts
-            .engine
-            .load()
-            .map_err(|e| io::Error::other(chain(&e)))?;
-        let mark = loaded
-            .mark
-            .as_deref()
-            .map(Mark::decode)
-            .transpose()?
-            .unwrap_or_default();
-        let index = mark.applied.map_or(0, |id| id.index);
+        let fail = |e: &dyn std::error::Error| io::Error::other(chain(e));
+        let (found, entries) = parts.engine.read().map_err(|e| fail(&e))?;
+        let mark = found.as_deref().map(Mark::decode).transpose()?;
+        let index = mark
+            .as_ref()
+            .and_then(|m| m.applied)
+            .map_or(0, |id| id.index);
         let mut digests = Digests::default();
-        if loaded.mark.is_some() {
-            digests = Digests::of(&loaded.entries, index);
-            parts
-                .machine
-                .import(loaded.entries)
-                .map_err(|e| io::Error::other(chain(&e)))?;
-            drop(parts.machine.take_changes());
+        if mark.is_some() {
+            digests = import(&*parts.machine, entries, index).map_err(|e| fail(&e))?;
+        } else {
+            drop(entries);
         }
+        let mark = mark.unwrap_or_default();
         let applied = watch::Sender::new(index);
         let digests = Arc::new(Mutex::new(digests));
         let changed = Arc::new(Mutex::new(Changed {
@@ -331,21 +325,20 @@ impl Worker {
         let encoded = mark.encode();
         let current = self.parts.snapshots.current().map_err(|e| fail(&e))?;
         if current.is_none_or(|(_, meta)| meta != encoded) {
-            let loaded = self.parts.engine.load().map_err(|e| fail(&e))?;
-            let held = loaded
-                .mark
-                .as_deref()
-                .map(Mark::decode)
-                .transpose()
-                .map_err(|e| fail(&e))?;
-            if held.unwrap_or_default() != mark {
+            let (held, entries) = self.parts.engine.read().map_err(|e| fail(&e))?;
+            if held.as_deref() != Some(&encoded[..]) && mark != Mark::default() {
                 return Err("snapshot: the engine does not hold the mark just written".into());
             }
             let name = super::snapshot::name(mark.applied);
-            self.parts
-                .snapshots
-                .write(&name, &encoded, &mut loaded.entries.into_iter())
-                .map_err(|e| fail(&e))?;
+            let write = || {
+                let mut writer = self.parts.snapshots.begin(&name, &encoded)?;
+                for entry in entries {
+                    let (key, value) = entry?;
+                    writer.put(&key, &value)?;
+                }
+                writer.finish()
+            };
+            write().map_err(|e: StorageError| fail(&e))?;
         }
         Ok(SnapshotMeta {
             last_log_id: mark.applied,
@@ -356,28 +349,28 @@ impl Worker {
     fn install(&self, install: Install) -> Result<(), String> {
         let fail = |e: &dyn std::error::Error| format!("installing a snapshot: {}", chain(e));
         let Install {
-            content: SnapshotContent { meta, entries },
-            incoming,
+            mut reader,
+            received,
         } = install;
+        let meta = reader.info().meta.clone();
         let mark = Mark::decode(&meta).map_err(|e| fail(&e))?;
-        self.parts
-            .machine
-            .import(entries.clone())
-            .map_err(|e| fail(&e))?;
-        drop(self.parts.machine.take_changes());
-        if let Some(file) = incoming {
+        reader.rewind().map_err(|e| fail(&e))?;
+        let index = mark.applied.map_or(0, |id| id.index);
+        let digests =
+            import(&*self.parts.machine, reader.entries(), index).map_err(|e| fail(&e))?;
+        if received {
             let name = super::snapshot::name(mark.applied);
             self.parts
                 .snapshots
-                .adopt(&file, &name)
+                .adopt_verified(reader.path(), &name)
                 .map_err(|e| fail(&e))?;
         }
-        let index = mark.applied.map_or(0, |id| id.index);
-        let digests = Digests::of(&entries, index);
-        self.parts
-            .engine
-            .replace(&mut entries.into_iter(), &meta)
-            .map_err(|e| fail(&e))?;
+        reader.rewind().map_err(|e| fail(&e))?;
+        let mut entries = UntilError::new(reader.entries());
+        // Replaced by a cut content, the engine must not be used again; nor is it: this member stops.
+        let replaced = self.parts.engine.replace(&mut entries, &meta);
+        entries.outcome().map_err(|e| fail(&e))?;
+        replaced.map_err(|e| fail(&e))?;
         *self.digests.lock() = digests;
         *self.changed.lock() = Changed {
             mark,
@@ -386,6 +379,23 @@ impl Worker {
         self.applied.send_replace(index);
         Ok(())
     }
+}
+
+/// Replace the machine's state; what that changed is not to be checkpointed. The digest of the new one.
+fn import(
+    machine: &dyn Machine,
+    entries: impl Iterator<Item = mainstay_storage::Result<(Vec<u8>, Vec<u8>)>>,
+    applied: u64,
+) -> Result<Digests, Fault> {
+    let mut digests = Digests::at(applied);
+    let mut entries = entries.map(|entry| {
+        let (key, value) = entry.map_err(|e| Fault(chain(&e)))?;
+        digests.add(&key, &value);
+        Ok((key, value))
+    });
+    machine.import(&mut entries)?;
+    drop(machine.take_changes());
+    Ok(digests)
 }
 
 /// Give the outcome to whoever waits, and the failure to the caller as well.

@@ -32,14 +32,24 @@ pub(crate) struct Digests {
 }
 
 impl Digests {
-    /// Of a state read as a whole, applied up to `applied`.
-    pub(crate) fn of(entries: &[(Vec<u8>, Vec<u8>)], applied: u64) -> Self {
-        let mut digests = Self {
+    /// Of an empty state, applied up to `applied`; what is in it is added next.
+    pub(crate) fn at(applied: u64) -> Self {
+        Self {
             applied,
             ..Self::default()
-        };
+        }
+    }
+
+    /// Add an entry of a state that is read as a whole.
+    pub(crate) fn add(&mut self, key: &[u8], value: &[u8]) {
+        self.set(key, Some(value));
+    }
+
+    #[cfg(test)]
+    fn of(entries: &[(Vec<u8>, Vec<u8>)], applied: u64) -> Self {
+        let mut digests = Self::at(applied);
         for (key, value) in entries {
-            digests.set(key, Some(value));
+            digests.add(key, value);
         }
         digests
     }

@@ -8,11 +8,13 @@
 use super::log::LogStore;
 use super::snapshot::open_current;
 use crate::codec::Mark;
-use mainstay_storage::snapshot::SnapshotDir;
+use mainstay_storage::StorageError;
+use mainstay_storage::snapshot::{SnapshotDir, verify};
 use std::io;
+use std::sync::Arc;
 
 /// Must this member stay out of the group? `mark`: what the engine held at the start.
-pub(crate) fn lost(log: &LogStore, mark: &Mark, snapshots: &SnapshotDir) -> io::Result<bool> {
+pub(crate) fn lost(log: &LogStore, mark: &Mark, snapshots: &Arc<SnapshotDir>) -> io::Result<bool> {
     let Some(applied) = mark.applied else {
         return Ok(false);
     };
@@ -27,13 +29,26 @@ pub(crate) fn lost(log: &LogStore, mark: &Mark, snapshots: &SnapshotDir) -> io::
     Ok(current != Some(applied))
 }
 
-/// What to do about it, in words. The applied state knows this member's name.
-pub(crate) fn advice(id: u64, mark: &Mark) -> String {
-    let member = mark.membership.membership().get_node(&id);
-    let name = member.map_or("NAME", |m| m.name.as_str());
+/// Discard a snapshot file that is damaged. State and log, which go together (see [`lost`]), hold what is in
+/// it, so it is made again; a newer one, whose installation was cut short, comes again from the leader.
+pub(crate) fn heal(snapshots: &SnapshotDir) -> mainstay_storage::Result<()> {
+    let path = match snapshots.current() {
+        Ok(None) => return Ok(()),
+        Ok(Some((path, _))) => match verify(&path) {
+            Err(StorageError::Corrupt { .. }) => path,
+            other => return other.map(drop),
+        },
+        Err(StorageError::Corrupt { path, .. }) => path,
+        Err(other) => return Err(other),
+    };
+    snapshots.discard(&path)
+}
+
+/// What to do about it, in words.
+pub(crate) fn advice(snapshots: &SnapshotDir) -> String {
     format!(
-        "the log lost entries that were durable: run `mainstay member replace {name}` on a healthy \
-         member, then start this one with an empty data directory"
+        "the log lost entries that were durable; {}",
+        mainstay_storage::error::repair_hint(snapshots.path())
     )
 }
 
@@ -44,7 +59,6 @@ mod tests {
     use crate::store::fault::FaultCell;
     use crate::types::{LogId, Vote};
     use mainstay_storage::log::{Log, LogEntry, MemoryLog};
-    use std::sync::Arc;
 
     fn id(index: u64) -> LogId {
         LogIdV1 {
@@ -81,7 +95,7 @@ mod tests {
     #[test]
     fn a_log_that_ends_before_the_applied_state_is_told_from_a_cut_install() {
         let dir = tempfile::tempdir().unwrap();
-        let snapshots = SnapshotDir::open(dir.path()).unwrap();
+        let snapshots = Arc::new(SnapshotDir::open(dir.path()).unwrap());
         let is_lost = |log: &LogStore, mark: &Mark| lost(log, mark, &snapshots).unwrap();
         assert!(!is_lost(&log(false, 0, None), &Mark::default()), "new");
         assert!(!is_lost(&log(true, 8, None), &mark(7)));
@@ -102,7 +116,31 @@ mod tests {
     }
 
     #[test]
-    fn the_advice_names_the_member() {
-        assert!(advice(1, &mark(7)).contains("replace NAME`"));
+    fn the_advice_names_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("c1");
+        let snapshots = SnapshotDir::open(&root.join("snapshots")).unwrap();
+        let command = format!("`mainstay member repair --data-dir {}`", root.display());
+        assert!(advice(&snapshots).contains(&command));
+    }
+
+    #[test]
+    fn a_damaged_snapshot_is_discarded_and_a_good_one_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = SnapshotDir::open(dir.path()).unwrap();
+        heal(&snapshots).unwrap();
+        let entries = [(b"k".to_vec(), vec![7; 100])];
+        for byte in [0, 30, 100] {
+            let path = snapshots
+                .write("s", &mark(7).encode(), &mut entries.clone().into_iter())
+                .unwrap();
+            heal(&snapshots).unwrap();
+            assert!(path.exists() && !snapshots.lacking());
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[byte] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+            heal(&snapshots).unwrap();
+            assert!(!path.exists() && snapshots.lacking(), "byte {byte}");
+        }
     }
 }

@@ -9,7 +9,7 @@ use crate::machine::Machine;
 use crate::types::{Answer, Command, Entry, LogId, Payload, SnapshotMeta, StoredMembership, Types};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use mainstay_storage::snapshot::SnapshotDir;
+use mainstay_storage::snapshot::{SnapshotDir, SnapshotReader};
 use openraft::OptionalSend;
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use std::io;
@@ -159,7 +159,7 @@ impl RaftStateMachine<Types> for StateMachine {
         snapshot: SnapshotData,
     ) -> io::Result<()> {
         let install = verified(snapshot, self.snapshots.clone(), meta.last_log_id).await?;
-        let found = crate::codec::Mark::decode(&install.content.meta)?;
+        let found = crate::codec::Mark::decode(&install.reader.info().meta)?;
         if found.applied != meta.last_log_id || found.membership != meta.last_membership {
             return Err(io::Error::other(
                 "the snapshot file is not the announced one",
@@ -174,6 +174,10 @@ impl RaftStateMachine<Types> for StateMachine {
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
+        if self.snapshots.lacking() {
+            // A damaged one was discarded; the core, which counts on one, would stop without.
+            self.checkpointer.snapshot().await?;
+        }
         let snapshots = self.snapshots.clone();
         tokio::task::spawn_blocking(move || open_current(&snapshots))
             .await
@@ -181,32 +185,35 @@ impl RaftStateMachine<Types> for StateMachine {
     }
 }
 
-/// The content of a snapshot: already verified when it was received, else read and verified now.
+/// A snapshot to install: already verified when it was received, else verified now.
 /// Our own current file (a crash cut an install short) stays where it is; another one is copied in.
 async fn verified(
     mut snapshot: SnapshotData,
     snapshots: Arc<SnapshotDir>,
     applied: Option<LogId>,
 ) -> io::Result<Install> {
-    if let Some(content) = snapshot.received.take() {
+    if let Some(reader) = snapshot.received.take() {
         return Ok(Install {
-            content,
-            incoming: Some(snapshot.path),
+            reader,
+            received: true,
         });
     }
     let work = move || {
         let fail = |e: &dyn std::error::Error| io::Error::other(super::fault::chain(e));
         let current = snapshots.current().map_err(|e| fail(&e))?;
         let ours = current.is_some_and(|(path, _)| path == snapshot.path);
-        let (path, incoming) = if ours {
-            (snapshot.path, None)
+        let path = if ours {
+            snapshot.path
         } else {
             let copy = snapshots.incoming(&name(applied));
             std::fs::copy(&snapshot.path, &copy)?;
-            (copy.clone(), Some(copy))
+            copy
         };
-        let content = mainstay_storage::snapshot::read(&path).map_err(|e| fail(&e))?;
-        Ok(Install { content, incoming })
+        let reader = SnapshotReader::open(&path).map_err(|e| fail(&e))?;
+        Ok(Install {
+            reader,
+            received: !ours,
+        })
     };
     tokio::task::spawn_blocking(work)
         .await

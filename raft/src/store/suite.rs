@@ -4,7 +4,7 @@ use super::checkpoint::{Checkpointer, Parts};
 use super::fault::FaultCell;
 use super::log::LogStore;
 use super::machine::StateMachine;
-use crate::machine::{Change, Fault, Machine};
+use crate::machine::{Change, Entries, Fault, Machine};
 use crate::types::Types;
 use bytes::Bytes;
 use mainstay_storage::engine::{Engine, MemoryEngine, SledEngine};
@@ -39,7 +39,8 @@ impl Machine for Counter {
     fn export(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
         vec![(b"count".to_vec(), self.0.lock().0.to_le_bytes().to_vec())]
     }
-    fn import(&self, entries: Vec<(Vec<u8>, Vec<u8>)>) -> Result<(), Fault> {
+    fn import(&self, entries: &mut Entries<'_>) -> Result<(), Fault> {
+        let entries = entries.collect::<Result<Vec<_>, _>>()?;
         let value = entries.first().map(|(_, v)| v.as_slice().try_into());
         let count = value.transpose().map_err(|_| Fault("count".into()))?;
         self.0.lock().0 = count.map_or(0, u64::from_le_bytes);

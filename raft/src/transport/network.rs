@@ -326,9 +326,9 @@ impl NetSnapshot<Types> for Peer {
             name: crate::store::snapshot::name(snapshot.meta.last_log_id),
             bytes,
         };
-        let file = snapshot.snapshot.file;
+        let data = snapshot.snapshot;
         let send = async {
-            let file = file.ok_or_else(|| io::Error::other("the snapshot file is not open"))?;
+            let file = data.sound().await?;
             let begin = begin(file.metadata()?.len());
             let member = self.peers.current(self.id, &self.member);
             let target = self.peers.target(self.id, &member, Lane::Snapshot);

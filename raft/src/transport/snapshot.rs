@@ -1,24 +1,30 @@
 //! A snapshot file over a connection of its own: begin, data, end, then the receiver's verdict.
 //! Limits are on progress, not on the whole: a large snapshot over a thin line is fine as long as
 //! it moves.
+//!
+//! The sender cannot see what is between it and the receiver: megabytes of buffers take minutes to drain on
+//! a thin line. So the receiver says every second that something arrived, and the sender counts that, as
+//! well as every portion that it could hand on, as progress.
 
 use super::frame::Frame;
 use super::server::Greeted;
 use super::wire::{SnapshotBegin, kind};
 use crate::codec;
 use bytes::{Bytes, BytesMut};
-use futures::{SinkExt, StreamExt};
+use futures::{Sink, SinkExt, Stream, StreamExt};
+use parking_lot::Mutex;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::Instant;
 
-/// Bytes per frame.
-const PORTION: usize = 256 << 10;
+/// Bytes per frame. One must pass within [`IDLE_MAX`]: 2 KB/s are enough.
+const PORTION: usize = 64 << 10;
 /// Nothing moved for this long: give up.
-pub(crate) const IDLE_MAX: Duration = Duration::from_secs(10);
-/// The receiver says this often that it is still installing.
+const IDLE_MAX: Duration = Duration::from_secs(30);
+/// The receiver says this often that it is still receiving or installing.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 fn frame(kind: u8, payload: impl Into<Bytes>) -> Frame {
@@ -43,26 +49,82 @@ async fn next(stream: &mut Greeted) -> io::Result<Frame> {
     in_time(async { stream.next().await.ok_or(io::ErrorKind::UnexpectedEof)? }).await
 }
 
+/// When something last moved.
+struct Moved(Mutex<Instant>);
+
+impl Moved {
+    fn now(&self) {
+        *self.0.lock() = Instant::now();
+    }
+
+    /// Returns when nothing has moved for too long.
+    async fn stalled(&self) {
+        loop {
+            let due = *self.0.lock() + IDLE_MAX;
+            if due <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(due).await;
+        }
+    }
+}
+
 /// Send a file and wait for the verdict: the receiver's answer, encoded by it.
 pub(crate) async fn send(
-    mut stream: Greeted,
+    stream: Greeted,
     begin: &SnapshotBegin,
     file: std::fs::File,
 ) -> io::Result<Bytes> {
-    let mut file = File::from_std(file);
-    in_time(stream.send(frame(kind::SNAPSHOT_BEGIN, codec::encode(begin)))).await?;
+    let (sink, answers) = stream.split();
+    let moved = Moved(Mutex::new(Instant::now()));
+    let sending = pour(sink, begin, File::from_std(file), &moved);
+    tokio::select! {
+        outcome = exchange(sending, answers, &moved) => outcome,
+        () = moved.stalled() => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+async fn pour(
+    mut sink: impl Sink<Frame, Error = io::Error> + Unpin,
+    begin: &SnapshotBegin,
+    mut file: File,
+    moved: &Moved,
+) -> io::Result<()> {
+    sink.send(frame(kind::SNAPSHOT_BEGIN, codec::encode(begin)))
+        .await?;
     loop {
         let mut portion = BytesMut::with_capacity(PORTION);
         let mut limited = (&mut file).take(PORTION as u64);
         while limited.read_buf(&mut portion).await? > 0 {}
+        moved.now();
         if portion.is_empty() {
-            break;
+            return sink.send(frame(kind::SNAPSHOT_END, Bytes::new())).await;
         }
-        in_time(stream.send(frame(kind::SNAPSHOT_DATA, portion.freeze()))).await?;
+        sink.send(frame(kind::SNAPSHOT_DATA, portion.freeze()))
+            .await?;
     }
-    in_time(stream.send(frame(kind::SNAPSHOT_END, Bytes::new()))).await?;
+}
+
+/// Listen while sending: a receiver that cannot use the snapshot says so at once.
+async fn exchange(
+    sending: impl Future<Output = io::Result<()>>,
+    mut answers: impl Stream<Item = io::Result<Frame>> + Unpin,
+    moved: &Moved,
+) -> io::Result<Bytes> {
+    tokio::pin!(sending);
+    let mut sent = false;
     loop {
-        let answer = next(&mut stream).await?;
+        let answer = tokio::select! {
+            // What the receiver says comes first: a refusal breaks the sending as well.
+            biased;
+            answer = answers.next() => answer.ok_or(io::ErrorKind::UnexpectedEof)??,
+            done = &mut sending, if !sent => {
+                done?;
+                sent = true;
+                continue;
+            }
+        };
+        moved.now();
         match answer.kind {
             kind::PROGRESS => {}
             kind::ANSWER => return Ok(answer.payload),
@@ -87,8 +149,13 @@ pub(crate) async fn begin(stream: &mut Greeted) -> io::Result<SnapshotBegin> {
 pub(crate) async fn receive(stream: &mut Greeted, bytes: u64, path: &Path) -> io::Result<()> {
     let mut file = File::create(path).await?;
     let mut missing = bytes;
+    let mut said = Instant::now();
     loop {
         let part = next(stream).await?;
+        if said.elapsed() >= PROGRESS_EVERY {
+            in_time(stream.send(frame(kind::PROGRESS, Bytes::new()))).await?;
+            said = Instant::now();
+        }
         match part.kind {
             kind::SNAPSHOT_DATA => {
                 missing = missing

@@ -241,7 +241,7 @@ async fn a_member_whose_log_is_gone_stays_out_until_it_is_replaced() {
     for _ in 0..2 {
         let error = cluster.try_start(3).await.unwrap_err();
         assert!(
-            matches!(&error, GroupError::Stopped(why) if why.contains("member replace m3")),
+            matches!(&error, GroupError::Stopped(why) if why.contains("`mainstay member repair --data-dir ")),
             "{error}"
         );
     }

@@ -13,3 +13,4 @@ mod reads_and_writes;
 mod retries;
 mod snapshots;
 mod support;
+mod thin;

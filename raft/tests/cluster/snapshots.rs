@@ -1,6 +1,6 @@
 //! Snapshots by log bytes, purges, members that are too far behind for the log.
 
-use crate::support::{Cluster, Disk, eventually, padded};
+use crate::support::{BOUND, Cluster, Disk, eventually, padded};
 use mainstay_raft::GroupConfig;
 use mainstay_storage::log::Log;
 
@@ -108,4 +108,53 @@ async fn the_log_stays_bounded_under_writes() {
         .await;
     }
     cluster.converge().await;
+}
+
+/// While a snapshot is on its way over a thin line, and while its receiver catches up behind it, the log
+/// moves on by far more than is kept. It ends all the same, with the one snapshot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_over_a_thin_line_ends_once() {
+    let mut cluster = Cluster::new(1, small_logs).await;
+    cluster.halt(1).await;
+    cluster.bytes_per_s = Some(400 << 10);
+    cluster.start(1).await;
+    cluster.found().await;
+    // State: a key for each command. About 2 MB of it: five seconds on the line.
+    for part in 0..20_u64 {
+        let fill = (0..1000).map(|n| {
+            let key = format!("{:064}", part * 1000 + n);
+            let command = padded(cluster.command_id(), &key, 1, 0);
+            cluster.nodes[&1].group().propose(command, BOUND)
+        });
+        for answer in futures::future::join_all(fill).await {
+            answer.unwrap();
+        }
+    }
+    write_until_purged(&cluster).await;
+    cluster.add(2, false).await;
+    let leader = cluster.nodes[&1].group().clone();
+    let log = || cluster.nodes[&1].memory_log().state();
+    let kept_from = log().purged.unwrap().0;
+    let learner = crate::support::member(2);
+    leader.add_learner(2, learner).await.unwrap();
+    let writing = async {
+        for n in 0.. {
+            let id = cluster.command_id();
+            leader
+                .propose(padded(id, "w", 1, 4000), BOUND)
+                .await
+                .unwrap();
+            if n % 8 == 0 && cluster.nodes[&2].machine.get("w") > 0 {
+                return;
+            }
+            // Slower than the line, or nobody could ever catch up.
+            tokio::time::sleep(std::time::Duration::from_millis(25)).await;
+        }
+    };
+    tokio::time::timeout(BOUND * 2, writing).await.unwrap();
+    leader.promote(2).await.unwrap();
+    cluster.converge().await;
+    assert!(log().last.unwrap() > kept_from + 100, "the log moved on");
+    let received = cluster.nodes[&2].machine.imports();
+    assert_eq!(received, 1, "one snapshot is enough");
 }

@@ -1,8 +1,9 @@
 //! The harness: a small key-value machine that recognises repeated commands, members that can be
 //! halted and started again on what they left, and waits with a bound.
 
+use crate::thin::Thin;
 use bytes::{BufMut, Bytes, BytesMut};
-use mainstay_raft::machine::Change;
+use mainstay_raft::machine::{Change, Entries};
 use mainstay_raft::transport::memory::Switchboard;
 use mainstay_raft::{Fault, Group, GroupConfig, GroupError, Machine, Member, Status};
 use mainstay_storage::engine::{Engine, MemoryEngine, SledEngine};
@@ -25,6 +26,7 @@ struct State {
     applied_commands: u64,
     /// A bug on this member alone: the next command adds one more than it says.
     spoilt: bool,
+    imports: u64,
 }
 
 /// Adds numbers to keys, once per command id.
@@ -69,6 +71,11 @@ impl Sums {
     /// From now on this member holds another state than the others.
     pub(crate) fn spoil(&self) {
         self.0.lock().spoilt = true;
+    }
+
+    /// How often the whole state was replaced, in this process.
+    pub(crate) fn imports(&self) -> u64 {
+        self.0.lock().imports
     }
 
     pub(crate) fn all(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
@@ -125,9 +132,11 @@ impl Machine for Sums {
     fn export(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
         self.0.lock().entries.clone().into_iter().collect()
     }
-    fn import(&self, entries: Vec<(Vec<u8>, Vec<u8>)>) -> Result<(), Fault> {
+    fn import(&self, entries: &mut Entries<'_>) -> Result<(), Fault> {
+        let entries = entries.collect::<Result<_, _>>()?;
         let mut state = self.0.lock();
-        state.entries = entries.into_iter().collect();
+        state.entries = entries;
+        state.imports += 1;
         state.changed.clear();
         Ok(())
     }
@@ -171,6 +180,8 @@ pub(crate) struct Cluster {
     pub(crate) net: Switchboard,
     pub(crate) nodes: BTreeMap<u64, Node>,
     pub(crate) tune: fn(&mut GroupConfig),
+    /// Members started from now on send no faster than this over any one connection.
+    pub(crate) bytes_per_s: Option<u64>,
     next_command: AtomicU64,
 }
 
@@ -189,6 +200,7 @@ impl Cluster {
             net: Switchboard::new(),
             nodes: BTreeMap::new(),
             tune,
+            bytes_per_s: None,
             next_command: AtomicU64::new(1),
         };
         for id in 1..=n {
@@ -244,7 +256,13 @@ impl Cluster {
     }
 
     pub(crate) async fn try_start(&mut self, id: u64) -> Result<(), GroupError> {
-        let dialer = self.net.dialer(id);
+        let mut dialer = self.net.dialer(id);
+        if let Some(bytes_per_s) = self.bytes_per_s {
+            dialer = Arc::new(Thin {
+                through: dialer,
+                bytes_per_s,
+            });
+        }
         let node = self.nodes.get_mut(&id).unwrap();
         let (log, engine): (Arc<dyn Log>, Arc<dyn Engine>) = match &node.disk {
             Disk::Memory { log, engine } => (log.clone(), engine.clone()),

@@ -54,6 +54,7 @@ pub(super) async fn members(State(api): State<ApiState>) -> Response {
 struct StatusRow<'a> {
     name: &'a str,
     id: String,
+    cluster_id: &'a str,
     version: &'a str,
     db_size: u64,
     disk_free: u64,
@@ -82,6 +83,7 @@ pub(super) async fn status(State(api): State<ApiState>) -> Response {
     envelope::ok(&StatusRow {
         name: name.unwrap_or(&api.about.name),
         id: MemberId(status.id).to_string(),
+        cluster_id: &api.about.cluster_id,
         version: &api.about.version,
         db_size: (api.about.db_size)(),
         disk_free: disk.free,

@@ -6,6 +6,7 @@ mod health;
 mod instance;
 mod metrics;
 mod node;
+mod snapshot;
 mod template;
 
 use super::ApiState;
@@ -43,5 +44,6 @@ pub(super) fn all() -> Router<ApiState> {
         .route("/api/v1/registry/disk", get(template::disk))
         .route("/api/v1/members", get(cluster::members))
         .route("/api/v1/cluster/status", get(cluster::status))
+        .route("/api/v1/snapshot", get(snapshot::save))
         .merge(super::members::routes())
 }

@@ -1,6 +1,6 @@
 //! A state store in memory: the second implementation, for tests and in-process clusters.
 
-use super::{Change, Engine, Loaded};
+use super::{Change, Engine, Entries};
 use crate::{Result, StorageError};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -26,12 +26,10 @@ impl MemoryEngine {
 }
 
 impl Engine for MemoryEngine {
-    fn load(&self) -> Result<Loaded> {
+    fn read(&self) -> Result<(Option<Vec<u8>>, Entries<'_>)> {
         let inner = self.inner.lock();
-        Ok(Loaded {
-            mark: inner.mark.clone(),
-            entries: inner.entries.clone().into_iter().collect(),
-        })
+        let entries = inner.entries.clone().into_iter().map(Ok);
+        Ok((inner.mark.clone(), Box::new(entries)))
     }
 
     fn checkpoint(&self, changes: &[Change], mark: &[u8]) -> Result<()> {

@@ -12,9 +12,9 @@
 
 use super::durable::Durable;
 use super::layout::{self, Root};
-use super::{Change, Engine, Loaded};
+use super::{Change, Engine, Entries};
 use crate::disk::{Disk, DiskFile, RealDisk, create_dir_durable, io_error};
-use crate::error::REPAIR_HINT;
+use crate::error::repair_hint;
 use crate::{Result, StorageError};
 use parking_lot::Mutex;
 use sled::Batch;
@@ -303,32 +303,18 @@ fn insert(batch: &mut Batch, root: &mut Root, key: &[u8], value: &[u8]) -> u32 {
 }
 
 impl Engine for SledEngine {
-    fn load(&self) -> Result<Loaded> {
+    fn read(&self) -> Result<(Option<Vec<u8>>, Entries<'_>)> {
         let root = self.state.lock().root;
-        let mut seen = Root {
-            generation: root.generation,
-            commits: root.commits,
-            ..Root::default()
-        };
-        let mut loaded = Loaded::default();
-        for item in self.db.scan_prefix(layout::heads_of(root.generation)) {
-            let (stored, head) = item.map_err(|e| fault(&self.dir, "read", e))?;
-            let key = &stored[layout::KEY_PREFIX_LEN..];
-            let (value, digest) = self.whole(root.generation, key, &head)?;
-            seen.count += 1;
-            seen.sum = seen.sum.wrapping_add(digest);
-            match layout::caller_key(key) {
-                Some(key) => loaded.entries.push((key.to_vec(), value)),
-                None => loaded.mark = Some(value),
-            }
+        let mut scan = Scan::new(self, root);
+        // The mark has the lowest key.
+        let mut mark = None;
+        let mut first = scan.next_value()?;
+        if let Some((key, value)) = first.take_if(|(key, _)| layout::caller_key(key).is_none()) {
+            debug_assert_eq!(key, layout::MARK_KEY);
+            mark = Some(value);
         }
-        if seen != root {
-            return Err(self.damaged(format!(
-                "it holds {} values where {} were written, or others than those",
-                seen.count, root.count
-            )));
-        }
-        Ok(loaded)
+        let first = first.map(|(key, value)| Ok((key[1..].to_vec(), value)));
+        Ok((mark, Box::new(first.into_iter().chain(scan))))
     }
 
     fn checkpoint(&self, changes: &[Change], mark: &[u8]) -> Result<()> {
@@ -373,6 +359,72 @@ impl Engine for SledEngine {
     }
 }
 
+/// All values of a generation, verified one by one, and as a whole at the end.
+struct Scan<'a> {
+    engine: &'a SledEngine,
+    heads: sled::Iter,
+    root: Root,
+    seen: Root,
+    ended: bool,
+}
+
+impl<'a> Scan<'a> {
+    fn new(engine: &'a SledEngine, root: Root) -> Self {
+        Self {
+            engine,
+            heads: engine.db.scan_prefix(layout::heads_of(root.generation)),
+            root,
+            seen: Root {
+                generation: root.generation,
+                commits: root.commits,
+                ..Root::default()
+            },
+            ended: false,
+        }
+    }
+
+    /// The next key within the generation, and its value.
+    fn next_value(&mut self) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
+        let engine = self.engine;
+        let Some(item) = self.heads.next() else {
+            if self.seen == self.root {
+                return Ok(None);
+            }
+            return Err(engine.damaged(format!(
+                "it holds {} values where {} were written, or others than those",
+                self.seen.count, self.root.count
+            )));
+        };
+        let (stored, head) = item.map_err(|e| fault(&engine.dir, "read", e))?;
+        let key = &stored[layout::KEY_PREFIX_LEN..];
+        let (value, digest) = engine.whole(self.root.generation, key, &head)?;
+        self.seen.count += 1;
+        self.seen.sum = self.seen.sum.wrapping_add(digest);
+        Ok(Some((key.to_vec(), value)))
+    }
+}
+
+impl Iterator for Scan<'_> {
+    type Item = Result<(Vec<u8>, Vec<u8>)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let next = self.next_value().and_then(|next| {
+            let Some((key, value)) = next else {
+                return Ok(None);
+            };
+            match layout::caller_key(&key) {
+                Some(key) => Ok(Some((key.to_vec(), value))),
+                None => Err(self.engine.damaged("an entry has the key of the mark")),
+            }
+        });
+        self.ended = !matches!(next, Ok(Some(_)));
+        next.transpose()
+    }
+}
+
 /// A handle that was dropped may hold the lock a little longer (sled's own threads do): wait for that.
 fn open_db(dir: &Path) -> Result<sled::Db> {
     let config = sled::Config::new()
@@ -411,8 +463,9 @@ fn fault(dir: &Path, action: &'static str, error: sled::Error) -> StorageError {
         sled::Error::Io(source) => io_error(action, dir)(source),
         sled::Error::Corruption { .. } => StorageError::corrupt(dir, error),
         other => StorageError::Stopped(format!(
-            "{action} {}: {other}; {REPAIR_HINT}",
-            dir.display()
+            "{action} {}: {other}; {}",
+            dir.display(),
+            repair_hint(dir)
         )),
     }
 }

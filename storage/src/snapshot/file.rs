@@ -7,21 +7,22 @@
 //! ```
 //! All integers are little-endian.
 
+use super::encode::{SnapshotEncoder, length};
 use crate::disk::{Disk, DiskFile, io_error};
 use crate::{Result, StorageError};
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
 
 const MAGIC: &[u8; 8] = b"MSTSNAP\0";
 const VERSION: u32 = 1;
 const HEADER_LEN: usize = 20;
-const ENTRY: u8 = 1;
-const END: u8 = 0;
+pub(super) const ENTRY: u8 = 1;
+pub(super) const END: u8 = 0;
 /// Written at once.
 const BUFFER_LEN: usize = 1 << 20;
 /// Largest key, value and meta: a limit so that a length is never believed blindly.
-const LEN_MAX: u64 = 1 << 30;
+pub(super) const LEN_MAX: u64 = 1 << 30;
 
 /// What a verified snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,52 +37,61 @@ pub struct SnapshotInfo {
     pub digest: [u8; 32],
 }
 
-/// Write a whole file; synced on return.
-pub(super) fn write(
-    disk: &dyn Disk,
-    path: &Path,
-    meta: &[u8],
-    entries: &mut dyn Iterator<Item = (Vec<u8>, Vec<u8>)>,
-) -> Result<()> {
-    let mut out = Output {
-        file: disk.create(path).map_err(io_error("create", path))?,
-        path: path.to_path_buf(),
-        buffer: Vec::with_capacity(BUFFER_LEN),
-        written: 0,
-        hasher: blake3::Hasher::new(),
-    };
-    out.put(&header(meta)?)?;
-    let mut count = 0u64;
-    let mut last: Option<Vec<u8>> = None;
-    for (key, value) in entries {
-        if last.as_ref().is_some_and(|last| *last >= key) {
-            return Err(StorageError::Misuse("snapshot keys must ascend".into()));
-        }
-        out.put(&[ENTRY])?;
-        out.put(&length(key.len())?.to_le_bytes())?;
-        out.put(&u64::from(length(value.len())?).to_le_bytes())?;
-        out.put(&key)?;
-        out.put(&value)?;
-        count += 1;
-        last = Some(key);
-    }
-    out.put(&[END])?;
-    out.put(&count.to_le_bytes())?;
-    out.finish()
+/// A file being written: whole and synced when [`Output::finish`] returns.
+pub(super) struct Output {
+    file: std::sync::Arc<dyn DiskFile>,
+    path: PathBuf,
+    encoder: SnapshotEncoder,
+    buffer: Vec<u8>,
+    written: u64,
 }
 
-fn length(len: usize) -> Result<u32> {
-    u32::try_from(len)
-        .ok()
-        .filter(|len| u64::from(*len) <= LEN_MAX)
-        .ok_or_else(|| {
-            StorageError::Misuse(format!(
-                "{len} bytes in one snapshot field; at most {LEN_MAX} are allowed"
-            ))
+impl Output {
+    pub(super) fn create(disk: &dyn Disk, path: &Path, meta: &[u8]) -> Result<Self> {
+        let mut buffer = Vec::with_capacity(BUFFER_LEN);
+        Ok(Self {
+            encoder: SnapshotEncoder::begin(meta, &mut buffer)?,
+            file: disk.create(path).map_err(io_error("create", path))?,
+            path: path.to_path_buf(),
+            buffer,
+            written: 0,
         })
+    }
+
+    pub(super) fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        self.encoder.entry(key, value, &mut self.buffer)?;
+        if self.buffer.len() >= BUFFER_LEN {
+            self.write_out()?;
+        }
+        Ok(())
+    }
+
+    fn write_out(&mut self) -> Result<()> {
+        self.file
+            .write_all_at(&self.buffer, self.written)
+            .map_err(io_error("write", &self.path))?;
+        self.written += self.buffer.len() as u64;
+        self.buffer.clear();
+        self.buffer.shrink_to(BUFFER_LEN);
+        Ok(())
+    }
+
+    pub(super) fn finish(self) -> Result<()> {
+        let Self {
+            file,
+            path,
+            encoder,
+            mut buffer,
+            written,
+        } = self;
+        encoder.end(&mut buffer);
+        file.write_all_at(&buffer, written)
+            .map_err(io_error("write", &path))?;
+        file.sync_data().map_err(io_error("sync", &path))
+    }
 }
 
-fn header(meta: &[u8]) -> Result<Vec<u8>> {
+pub(super) fn header(meta: &[u8]) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(HEADER_LEN + meta.len());
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -98,47 +108,6 @@ fn header_crc(fixed: &[u8], meta: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-struct Output {
-    file: std::sync::Arc<dyn DiskFile>,
-    path: PathBuf,
-    buffer: Vec<u8>,
-    written: u64,
-    hasher: blake3::Hasher,
-}
-
-impl Output {
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.buffer.len() + bytes.len() > BUFFER_LEN {
-            self.flush()?;
-        }
-        self.buffer.extend_from_slice(bytes);
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        self.hasher.update(&self.buffer);
-        self.write_out()
-    }
-
-    fn write_out(&mut self) -> Result<()> {
-        self.file
-            .write_all_at(&self.buffer, self.written)
-            .map_err(io_error("write", &self.path))?;
-        self.written += self.buffer.len() as u64;
-        self.buffer.clear();
-        self.buffer.shrink_to(BUFFER_LEN);
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<()> {
-        self.flush()?;
-        let digest = self.hasher.finalize();
-        self.buffer.extend_from_slice(digest.as_bytes());
-        self.write_out()?;
-        self.file.sync_data().map_err(io_error("sync", &self.path))
-    }
-}
-
 /// Reads entries of a file that was verified as a whole when it was opened; uses constant memory.
 #[derive(Debug)]
 pub struct SnapshotReader {
@@ -150,6 +119,11 @@ impl SnapshotReader {
     /// Verify the whole file, then start again at its first entry.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(io_error("open", path))?;
+        Self::of(path, file)
+    }
+
+    /// The same of a file that is open already; `path` is for messages, the file may be gone from there.
+    pub fn of(path: &Path, file: File) -> Result<Self> {
         let second = file.try_clone().map_err(io_error("open", path))?;
         let info = verify_file(Input::new(path, file)?)?;
         let mut input = Input::new(path, second)?;
@@ -160,6 +134,22 @@ impl SnapshotReader {
     /// What the file is.
     pub fn info(&self) -> &SnapshotInfo {
         &self.info
+    }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.input.path
+    }
+
+    /// Start again at the first entry.
+    pub fn rewind(&mut self) -> Result<()> {
+        self.input.restart()?;
+        self.input.header().map(drop)
+    }
+
+    /// The entries from here on.
+    pub fn entries(&mut self) -> impl Iterator<Item = Result<(Vec<u8>, Vec<u8>)>> + '_ {
+        std::iter::from_fn(|| self.next_entry().transpose())
     }
 
     /// The next key and value.
@@ -218,24 +208,30 @@ struct Input {
 }
 
 impl Input {
-    fn new(path: &Path, mut file: File) -> Result<Self> {
-        std::io::Seek::rewind(&mut file).map_err(io_error("read", path))?;
+    fn new(path: &Path, file: File) -> Result<Self> {
         let len = file.metadata().map_err(io_error("read", path))?.len();
-        Ok(Self {
+        let mut input = Self {
             path: path.to_path_buf(),
             reader: BufReader::with_capacity(1 << 18, file),
-            hasher: Box::new(blake3::Hasher::new()),
+            hasher: Box::default(),
             len,
             left: len,
-        })
+        };
+        input.restart()?;
+        Ok(input)
+    }
+
+    fn restart(&mut self) -> Result<()> {
+        self.reader.rewind().map_err(io_error("read", &self.path))?;
+        self.hasher.reset();
+        self.left = self.len;
+        Ok(())
     }
 
     fn damaged(&self, what: &str) -> StorageError {
         StorageError::Corrupt {
             path: self.path.clone(),
-            detail: format!(
-                "{what}; delete this file: the member rebuilds it from its log, or receives it from another member"
-            ),
+            detail: what.to_owned(),
         }
     }
 

@@ -137,7 +137,9 @@ fn a_flipped_bit_is_damage_wherever_it_was_durable() {
                 .unwrap_or_else(|| panic!("{} byte {byte}: not noticed", file.display()));
             assert!(matches!(error, StorageError::Corrupt { .. }), "{error}");
             assert!(
-                error.to_string().contains("mainstay member replace"),
+                error
+                    .to_string()
+                    .contains("`mainstay member repair --data-dir "),
                 "{error}"
             );
         }

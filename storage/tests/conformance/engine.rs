@@ -280,7 +280,9 @@ fn flipped_bits_are_noticed() {
             Err(error) => {
                 assert!(matches!(error, StorageError::Corrupt { .. }), "{error}");
                 assert!(
-                    error.to_string().contains("mainstay member replace"),
+                    error
+                        .to_string()
+                        .contains("mainstay member repair --data-dir "),
                     "{error}"
                 );
                 refused += 1;
