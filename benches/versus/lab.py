@@ -1,7 +1,7 @@
 """Side by side: start a Mainstay cluster and its yardstick on this machine, drive both in turn,
 print ratios. Standard library only. Everything started here is ended here, by process id."""
 
-import json, os, shutil, signal, socket, statistics, subprocess, sys, tempfile, time, urllib.request
+import json, os, resource, shutil, signal, socket, statistics, subprocess, sys, tempfile, time, urllib.request
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BIN = os.environ.get("MAINSTAY_BIN", os.path.join(ROOT, "target", "release", "mainstay"))
@@ -36,10 +36,24 @@ class Lab:
         self.children[name] = child
         return child
 
-    def kill(self, name):
+    def kill(self, name, how=signal.SIGKILL):
         child = self.children.pop(name)
-        child.send_signal(signal.SIGKILL)
+        child.send_signal(how)
         child.wait()
+
+    def status(self, name, field):
+        """A field of /proc/PID/status, in kB where the kernel says kB."""
+        for line in open(f"/proc/{self.children[name].pid}/status"):
+            if line.startswith(field + ":"):
+                return int(line.split()[1])
+
+    def cpu(self, names):
+        """CPU seconds that these processes have used so far."""
+        ticks = 0
+        for name in names:
+            fields = open(f"/proc/{self.children[name].pid}/stat").read().rsplit(")", 1)[1].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Mainstay:
@@ -157,13 +171,29 @@ class Etcd:
         sys.exit("etcd has no leader")
 
 
+def generator_cpu():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def load_and_cpu(system, work, clients, seconds, **more):
+    """The same, and the processor time of the members and of the generator in microseconds a request: on two
+    cores that everybody shares it says more than the rate."""
+    members, generator = system.lab.cpu(system.names), generator_cpu()
+    row = load(system, work, clients, seconds, **more)
+    per_request = lambda used: used * 1e6 / max(1, row["all"])
+    row["members_us"] = per_request(system.lab.cpu(system.names) - members)
+    row["generator_us"] = per_request(generator_cpu() - generator)
+    return row
+
+
 def load(system, work, clients, seconds, **more):
     """One run of `mainstay bench` against either system; its figures."""
     against = "etcd" if isinstance(system, Etcd) else "mainstay"
     command = [BIN, "bench", work, "--clients", str(clients), "--seconds", str(seconds),
                "--against", against, "--endpoints", system.endpoints, "--output", "json"]
     for key, value in more.items():
-        command += ["--" + key.replace("_", "-"), str(value)]
+        command += ["--" + key.replace("_", "-")] + ([] if value is True else [str(value)])
     out = subprocess.run(command, capture_output=True, text=True)
     if out.returncode != 0:
         sys.exit(f"{' '.join(command)}: {out.stderr}{out.stdout}")

@@ -49,6 +49,9 @@ pub struct LoadArgs {
     /// What runs at the endpoints.
     #[arg(long, value_enum, default_value_t = Against::Mainstay)]
     pub against: Against,
+    /// Add what was done in each tenth of a second (JSON only)
+    #[arg(long)]
+    pub timeline: bool,
     /// Template whose instances are updated (Mainstay only); see `mainstay template push`.
     #[arg(long, default_value = "bench")]
     pub template: String,
@@ -77,7 +80,7 @@ pub async fn run(args: BenchArgs, endpoints: &[String], as_json: bool) -> anyhow
         warmup: Duration::from_secs(load.warmup),
         counted: Duration::from_secs(load.seconds.max(1)),
     };
-    let summary = match load.against {
+    let mut summary = match load.against {
         Against::Mainstay => {
             let target = Rest::prepare(endpoints, &load.template, load.objects, load.value_bytes)
                 .await
@@ -91,7 +94,7 @@ pub async fn run(args: BenchArgs, endpoints: &[String], as_json: bool) -> anyhow
             drive(kind, plan, target).await?
         }
     };
-    print(kind, load.against, load.clients, &summary, as_json);
+    print(kind, &load, &mut summary, as_json);
     if summary.done == 0 {
         bail!(
             "not one request succeeded; first error: {}",
@@ -106,14 +109,21 @@ async fn drive<T: Target>(kind: &str, plan: Load, target: T) -> anyhow::Result<S
 }
 
 #[allow(clippy::print_stdout)] // the command's result
-fn print(kind: &str, against: Against, clients: usize, s: &Summary, as_json: bool) {
+fn print(kind: &str, load: &LoadArgs, s: &mut Summary, as_json: bool) {
+    let (against, clients) = (load.against, load.clients);
     if as_json {
-        let line = json!({
+        let mut line = json!({
             "work": kind, "against": format!("{against:?}").to_lowercase(), "clients": clients,
-            "done": s.done, "failed": s.failed, "seconds": s.seconds, "per_second": s.per_second(),
+            "done": s.done, "failed": s.failed, "all": s.all,
+            "seconds": s.seconds, "per_second": s.per_second(), "begin_unix_ms": s.begin_unix_ms,
             "p50_ms": s.quantile_ms(0.50), "p99_ms": s.quantile_ms(0.99), "max_ms": s.quantile_ms(1.0),
             "longest_gap_ms": s.longest_gap.as_secs_f64() * 1e3, "first_error": s.first_error,
         });
+        if load.timeline {
+            // [done, p99 ms, max ms] of each slice.
+            let slices = s.slices.iter_mut().map(|slice| json!(slice.figures()));
+            line["slices"] = slices.collect();
+        }
         println!("{line}");
     } else {
         println!(

@@ -31,6 +31,10 @@ pub trait Target: Send + Sync + 'static {
     fn connect(&self, n: usize) -> impl Future<Output = anyhow::Result<Self::Client>> + Send;
     /// Number of objects.
     fn objects(&self) -> usize;
+    /// Requests of the same kind that preparing it took.
+    fn prepared(&self) -> u64 {
+        0
+    }
 }
 
 /// One client.
@@ -48,13 +52,46 @@ pub struct Summary {
     pub done: u64,
     /// Failed ones.
     pub failed: u64,
+    /// Successful requests, those before the counted time and those that prepared it included: what
+    /// the processor time of a whole run is divided by.
+    pub all: u64,
     /// Counted time.
     pub seconds: f64,
     /// Longest time in which no client had a success.
     pub longest_gap: Duration,
     /// Text of the first failure.
     pub first_error: Option<String>,
+    /// When the counted time began, in milliseconds of the Unix epoch.
+    pub begin_unix_ms: u64,
+    /// Every [`SLICE`] of the counted time.
+    pub slices: Vec<Slice>,
     sorted_us: Vec<u32>,
+}
+
+/// Length of a [`Slice`].
+pub const SLICE: Duration = Duration::from_millis(100);
+
+/// The successes that ended in one slice of time.
+#[derive(Clone, Debug, Default)]
+pub struct Slice {
+    latencies_us: Vec<u32>,
+}
+
+impl Slice {
+    /// Successes, 99th percentile and longest latency in milliseconds.
+    pub fn figures(&mut self) -> (usize, f64, f64) {
+        self.latencies_us.sort_unstable();
+        let ms = |q| quantile_ms(&self.latencies_us, q);
+        (self.latencies_us.len(), ms(0.99), ms(1.0))
+    }
+}
+
+fn quantile_ms(sorted_us: &[u32], q: f64) -> f64 {
+    let Some(last) = sorted_us.len().checked_sub(1) else {
+        return 0.0;
+    };
+    let at = (last as f64 * q).round() as usize;
+    f64::from(sorted_us[at.min(last)]) / 1e3
 }
 
 impl Summary {
@@ -64,11 +101,7 @@ impl Summary {
     }
     /// Latency that the fraction `q` of successes stayed within.
     pub fn quantile_ms(&self, q: f64) -> f64 {
-        let Some(last) = self.sorted_us.len().checked_sub(1) else {
-            return 0.0;
-        };
-        let at = (last as f64 * q).round() as usize;
-        f64::from(self.sorted_us[at.min(last)]) / 1e3
+        quantile_ms(&self.sorted_us, q)
     }
 }
 
@@ -76,6 +109,7 @@ impl Summary {
 struct Tally {
     latencies_us: Vec<u32>,
     ends: Vec<Instant>,
+    all: u64,
     failed: u64,
     first_error: Option<String>,
 }
@@ -89,7 +123,9 @@ impl Load {
             clients.push(target.connect(n).await?);
         }
         let begin = Instant::now() + self.warmup;
+        let begin_unix_ms = crate::stamp::now_ms() + u64::try_from(self.warmup.as_millis())?;
         let end = begin + self.counted;
+        let prepared = target.prepared();
         let mut tasks = Vec::with_capacity(self.clients);
         for (n, client) in clients.into_iter().enumerate() {
             tasks.push(tokio::spawn(one_client(
@@ -105,7 +141,10 @@ impl Load {
         for task in tasks {
             tallies.push(task.await.context("a client task ended early")?);
         }
-        Ok(summarise(tallies, begin, end))
+        let mut summary = summarise(tallies, begin, end);
+        summary.all += prepared;
+        summary.begin_unix_ms = begin_unix_ms;
+        Ok(summary)
     }
 }
 
@@ -134,6 +173,7 @@ async fn one_client<T: Target>(
             client.read(object).await
         };
         let now = Instant::now();
+        tally.all += u64::from(result.is_ok());
         match result {
             Ok(()) if start >= begin && now <= end => {
                 let micros = now.duration_since(start).as_micros();
@@ -163,7 +203,14 @@ fn summarise(tallies: Vec<Tally>, begin: Instant, end: Instant) -> Summary {
         ..Summary::default()
     };
     let mut ends = Vec::new();
+    let slice = |at: Instant| ((at - begin).as_micros() / SLICE.as_micros()) as usize;
+    summary.slices = vec![Slice::default(); slice(end).max(1)];
+    let newest = summary.slices.len() - 1;
     for tally in tallies {
+        for (&at, &us) in tally.ends.iter().zip(&tally.latencies_us) {
+            summary.slices[slice(at).min(newest)].latencies_us.push(us);
+        }
+        summary.all += tally.all;
         summary.failed += tally.failed;
         summary.first_error = summary.first_error.or(tally.first_error);
         summary.sorted_us.extend(tally.latencies_us);
@@ -416,6 +463,9 @@ impl Target for Etcd {
     fn objects(&self) -> usize {
         self.objects
     }
+    fn prepared(&self) -> u64 {
+        self.objects as u64
+    }
 }
 
 impl EtcdClient {
@@ -495,6 +545,7 @@ mod tests {
         let begin = Instant::now();
         let end = begin + Duration::from_secs(10);
         let tally = Tally {
+            all: 3,
             latencies_us: vec![1000, 2000],
             ends: vec![
                 begin + Duration::from_secs(1),
@@ -502,9 +553,11 @@ mod tests {
             ],
             ..Tally::default()
         };
-        let summary = summarise(vec![tally], begin, end);
+        let mut summary = summarise(vec![tally], begin, end);
         assert_eq!(summary.longest_gap, Duration::from_secs(7));
-        assert_eq!(summary.done, 2);
+        assert_eq!((summary.done, summary.all), (2, 3));
+        let done: Vec<usize> = (summary.slices.iter_mut().map(|s| s.figures().0)).collect();
+        assert_eq!((done.len(), done[10], done[80], done[81]), (100, 1, 1, 0));
         assert!((summary.quantile_ms(1.0) - 2.0).abs() < 1e-9);
     }
 }

@@ -144,4 +144,16 @@ impl Dialer for PeerDialer {
             .await
             .map_err(|_| io::ErrorKind::TimedOut)?
     }
+
+    /// The kernel resets what arrives for a port without a listener. A machine that is down, or a
+    /// network that drops, says nothing, and is not taken for an ended process.
+    async fn gone(&self, _id: u64, member: &Member) -> bool {
+        let Ok((host, port)) = split_url(&member.peer_url) else {
+            return false;
+        };
+        match TcpStream::connect(format!("{host}:{port}")).await {
+            Ok(_) => false,
+            Err(e) => e.kind() == io::ErrorKind::ConnectionRefused,
+        }
+    }
 }

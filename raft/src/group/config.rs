@@ -31,10 +31,10 @@ impl GroupConfig {
     /// Sensible timing for members in one site (round trips of milliseconds, disks whose bad
     /// fsyncs take hundreds of milliseconds).
     ///
-    /// * Heartbeat 50 ms, election 300 to 600 ms: a killed leader is replaced in 0.9 to 1.2 s. Half
-    ///   of it (150 to 300 ms) fails over in about 0.5 s, and calls elections when a busy
-    ///   two-core machine does not schedule a member for 0.3 s. Fsyncs do not matter here:
-    ///   heartbeats do not wait for the disk.
+    /// * Heartbeat 50 ms, election 300 to 600 ms: a leader that falls silent is replaced in 0.9 to
+    ///   1.2 s; one whose process has ended, at once (see `group::succession`). Half of it (150 to
+    ///   300 ms) calls elections when a busy two-core machine does not schedule a member for
+    ///   0.3 s. Fsyncs do not matter here: heartbeats do not wait for the disk.
     /// * A snapshot every 64 MiB of log, 20,000 entries kept behind it: a member that was away for
     ///   a minute under load catches up from the log.
     /// * A checkpoint every 250 ms or 1 MiB of changes: a few hundred milliseconds of log to apply

@@ -10,6 +10,7 @@ mod read;
 mod service;
 mod slow;
 mod status;
+mod succession;
 mod upkeep;
 
 pub use config::GroupConfig;
@@ -107,6 +108,7 @@ pub(crate) struct Inner {
     status: watch::Receiver<Status>,
     agreement: watch::Sender<Agreement>,
     reads: read::Reads,
+    streams: Arc<succession::Streams>,
     proposals: queue::Queue,
     forwarded: queue::Queue,
     receiving: Arc<tokio::sync::Mutex<()>>,
@@ -164,6 +166,7 @@ impl Group {
         );
         let (leader_tx, leader) = watch::channel(first.leader);
         let (status_tx, status) = watch::channel(first);
+        let (streams, ended) = succession::Streams::new();
         let inner = Arc::new(Inner {
             config,
             raft,
@@ -180,6 +183,7 @@ impl Group {
             status,
             agreement: watch::Sender::new(Agreement::default()),
             reads: read::Reads::default(),
+            streams,
             proposals: queue::Queue::new("proposals", PROPOSALS_MAX, QUEUE_BYTES_MAX),
             forwarded: queue::Queue::new(
                 "proposals of other members",
@@ -195,6 +199,7 @@ impl Group {
         divergence::spawn(&inner);
         fitness::spawn(&inner);
         slow::spawn(&inner);
+        succession::spawn(&inner, ended);
         Ok(Self {
             _alive: Arc::new(Alive(inner.clone())),
             inner,
@@ -387,14 +392,15 @@ impl Inner {
 
     /// The link to the current leader for a kind of work; `None` without a leader or when it is us.
     fn leader_link(&self, leader: u64, lane: transport::wire::Lane) -> Option<Arc<Link>> {
+        Some(self.peers.link(leader, &self.member(leader)?, lane))
+    }
+
+    /// A member as the membership has it.
+    fn member(&self, id: u64) -> Option<Member> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
-        let member = metrics
-            .membership_config
-            .membership()
-            .get_node(&leader)?
-            .clone();
-        Some(self.peers.link(leader, &member, lane))
+        let membership = metrics.membership_config.membership();
+        membership.get_node(&id).cloned()
     }
 
     /// Wait until the known leader is another than `seen`, or a moment has passed, or the deadline.

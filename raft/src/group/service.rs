@@ -2,6 +2,7 @@
 //! group. Knows no socket.
 
 use super::Inner;
+use super::succession::Opened;
 use crate::codec::{self, VoteV1};
 use crate::store::snapshot::{Snapshot, SnapshotData};
 use crate::transport::server::{Greeted, Served, Service};
@@ -20,6 +21,12 @@ use std::sync::Arc;
 pub(super) struct Requests(pub(super) Arc<Inner>);
 
 impl Service for Requests {
+    type Open = Opened;
+
+    fn opened(&self, from: u64) -> Opened {
+        self.0.streams.opened(from)
+    }
+
     fn admit(&self, hello: &Hello) -> Result<(), String> {
         let config = &self.0.config;
         if let Some(why) = self.0.fault.get() {

@@ -6,7 +6,7 @@ use super::{Dialer, Member, PeerStream};
 use crate::Group;
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +32,8 @@ struct Board {
     ways: HashMap<(u64, u64), watch::Sender<Way>>,
     /// Members that are found at one address only.
     places: HashMap<u64, String>,
+    /// Who is told that nobody listens there, though somebody may: a firewall that answers.
+    refusing: HashSet<(u64, u64)>,
     /// Open connections by their two ends.
     connections: Vec<(u64, u64, CancellationToken)>,
 }
@@ -103,6 +105,16 @@ impl Switchboard {
         }
     }
 
+    /// Refuse (or allow) that `from` dials `to`, as if nobody listened there. Open connections stay.
+    pub fn refuse(&self, from: u64, to: u64, refuse: bool) {
+        let mut board = self.board.lock();
+        if refuse {
+            board.refusing.insert((from, to));
+        } else {
+            board.refusing.remove(&(from, to));
+        }
+    }
+
     /// Break open connections between two members; they may dial again.
     pub fn reset(&self, a: u64, b: u64) {
         self.break_connections(|x, y| (x, y) == (a, b) || (x, y) == (b, a));
@@ -144,7 +156,8 @@ impl Dialer for MemoryDialer {
         let group = {
             let mut board = self.network.board.lock();
             let place = board.places.get(&id);
-            let here = place.is_none_or(|url| *url == member.peer_url);
+            let refused = board.refusing.contains(&(self.from, id));
+            let here = !refused && place.is_none_or(|url| *url == member.peer_url);
             let group = board.members.get(&id).filter(|_| here).cloned();
             let group = group.ok_or(io::ErrorKind::ConnectionRefused)?;
             board.connections.push((self.from, id, token.clone()));
@@ -156,6 +169,15 @@ impl Dialer for MemoryDialer {
         spawn_relay(far_read, near_write, back, token);
         tokio::spawn(async move { group.serve(Box::new(far)).await });
         Ok(Box::new(near))
+    }
+
+    async fn gone(&self, id: u64, _member: &Member) -> bool {
+        let mut board = self.network.board.lock();
+        let cut = [(self.from, id), (id, self.from)]
+            .iter()
+            .any(|(a, b)| board.way(*a, *b).borrow().cut);
+        let listens = board.members.contains_key(&id) && !board.refusing.contains(&(self.from, id));
+        !cut && !listens
     }
 }
 

@@ -34,4 +34,11 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> PeerStream for T {}
 pub trait Dialer: Send + Sync + 'static {
     /// Connect to `member`, which must be the one with this id.
     async fn dial(&self, id: u64, member: &Member) -> std::io::Result<Box<dyn PeerStream>>;
+
+    /// Has the process of `member` ended, by what its machine says: nobody listens where it did.
+    /// `false` when it answers, and when nobody can tell.
+    async fn gone(&self, id: u64, member: &Member) -> bool {
+        let _ = (id, member);
+        false
+    }
 }

@@ -128,6 +128,12 @@ impl Peers {
         known.members = members;
     }
 
+    /// Has this member's process ended? See [`Dialer::gone`].
+    pub(crate) async fn gone(&self, id: u64, told: &Member) -> bool {
+        let member = self.current(id, told);
+        self.dialer.gone(id, &member).await
+    }
+
     /// Close everything.
     pub(crate) fn close(&self) {
         self.known.lock().links.clear();

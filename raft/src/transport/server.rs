@@ -33,8 +33,12 @@ pub(crate) type Greeted = Framed<Box<dyn PeerStream>, Frames>;
 
 /// What stands behind the connection.
 pub(crate) trait Service: Send + Sync + 'static {
+    /// Lives as long as a stream of requests.
+    type Open: Send;
     /// Refuse a peer by its greeting, in words.
     fn admit(&self, hello: &Hello) -> Result<(), String>;
+    /// A stream of requests from this member begins.
+    fn opened(&self, from: u64) -> Self::Open;
     /// Serve one request. The first poll must hand appends on, so that they keep their order.
     fn request(self: Arc<Self>, kind: u8, payload: Bytes) -> BoxFuture<'static, Served>;
     /// Receive a snapshot over a connection of its own.
@@ -53,7 +57,10 @@ pub(crate) async fn serve<S: Service>(service: Arc<S>, stream: Box<dyn PeerStrea
     };
     let outcome = match hello.lane {
         Lane::Snapshot => service.snapshot(hello.from, framed).await,
-        Lane::Control | Lane::Data => converse(service, framed).await,
+        Lane::Control | Lane::Data => {
+            let _open = service.opened(hello.from);
+            converse(service, framed).await
+        }
     };
     if let Err(error) = outcome {
         tracing::debug!(peer = hello.from, lane = ?hello.lane, %error, "peer connection ended");

@@ -253,3 +253,66 @@ async fn a_member_whose_log_is_gone_stays_out_until_it_is_replaced() {
     group.promote(4).await.unwrap();
     assert_eq!(cluster.get(4, "a").await, 20);
 }
+
+/// So long that a test which waits for a lease fails.
+fn patient(config: &mut mainstay_raft::GroupConfig) {
+    config.election = (BOUND, BOUND * 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_process_ended_is_replaced_without_waiting_for_its_lease() {
+    let mut cluster = Cluster::founded(3, patient).await;
+    for round in 1..=3 {
+        let old = cluster.leader().await;
+        let rest = others(&cluster, old);
+        for &id in &rest {
+            cluster.get(id, "a").await;
+        }
+        let term = cluster.nodes[&old].group().status().term;
+        cluster.halt(old).await;
+        let new = cluster.leader_among(&rest).await;
+        assert_eq!(cluster.put(new, "a", 1).await, round);
+        assert!(cluster.nodes[&new].group().status().term > term);
+        cluster.start(old).await;
+        assert_eq!(cluster.get(old, "a").await, round);
+    }
+    cluster.converge().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_two_of_five_gone_the_rest_elect_at_once() {
+    let mut cluster = Cluster::founded(5, patient).await;
+    let old = cluster.leader().await;
+    cluster.put(old, "a", 1).await;
+    // The one whose turn would be first is gone as well.
+    let first = others(&cluster, old)[0];
+    cluster.halt(first).await;
+    cluster.put(old, "a", 1).await;
+    cluster.halt(old).await;
+    let rest: Vec<u64> = cluster.running().map(|n| n.id).collect();
+    let new = cluster.leader_among(&rest).await;
+    assert_eq!(cluster.put(new, "a", 1).await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_one_member_cannot_reach_stays_because_the_others_hear_it() {
+    let cluster = Cluster::founded(3, patient).await;
+    let leader = cluster.leader().await;
+    let term = cluster.nodes[&leader].group().status().term;
+    let misled = others(&cluster, leader)[0];
+    // It is told that the leader's process has ended, again and again, and believes it.
+    cluster.net.refuse(misled, leader, true);
+    cluster.net.refuse(leader, misled, true);
+    for n in 1..=20 {
+        cluster.net.reset(leader, misled);
+        assert_eq!(cluster.put(leader, "a", 1).await, n);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    cluster.net.refuse(misled, leader, false);
+    cluster.net.refuse(leader, misled, false);
+    assert_eq!(cluster.get(misled, "a").await, 20);
+    for id in cluster.ids() {
+        let status = cluster.nodes[&id].group().status();
+        assert_eq!((status.leader, status.term), (Some(leader), term), "{id}");
+    }
+}

@@ -95,12 +95,21 @@ fn read_segment(
         len: 0,
         highest: None,
     };
-    let mut at = 0;
+    let (mut at, mut sealed) = (0, false);
     while at < buf.len() {
         match decode(&buf, at, 0, number) {
             Ok(record) => {
+                sealed = matches!(record.record, Record::Synced);
                 replay(record.record, at, &mut segment, found)?;
                 at += record.len;
+            }
+            // Lengthened ahead of the records. A sealed segment was shortened again, as far as that
+            // was on disk when the power went.
+            Err(Bad::Noise) if (last || sealed) && buf[at..].iter().all(|b| *b == 0) => {
+                if last {
+                    shorten(&segment, at)?;
+                }
+                break;
             }
             Err(Bad::Noise) if last && durable_after(&buf, at, number) <= at as u64 => {
                 cut_tail(&segment, at, buf.len())?;
@@ -132,6 +141,10 @@ fn cut_tail(segment: &Segment, at: usize, len: usize) -> Result<()> {
         path = %segment.path.display(), offset = at, bytes = len - at,
         "cutting off a torn write at the end of the log (it was never acknowledged)"
     );
+    shorten(segment, at)
+}
+
+fn shorten(segment: &Segment, at: usize) -> Result<()> {
     let path = &segment.path;
     segment
         .file

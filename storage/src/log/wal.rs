@@ -25,6 +25,10 @@ pub struct WalOptions {
     pub cache_bytes: usize,
     /// About the most that is written before one sync: bounds the memory and the wait of the first in line.
     pub batch_bytes: usize,
+    /// The file is lengthened ahead of the records in steps of this many bytes. A sync within the length
+    /// that the file has already writes data only; one that lengthens it waits for the file system's
+    /// journal as well, which took half as long again and had the worst outliers.
+    pub ahead_bytes: u64,
     /// Where the files are.
     pub disk: Arc<dyn Disk>,
 }
@@ -35,6 +39,7 @@ impl Default for WalOptions {
             segment_bytes: 64 << 20,
             cache_bytes: 64 << 20,
             batch_bytes: 4 << 20,
+            ahead_bytes: 1 << 20,
             disk: Arc::new(RealDisk),
         }
     }

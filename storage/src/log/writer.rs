@@ -67,6 +67,8 @@ pub(super) struct Writer {
     start: Start,
     /// Offset in the newest segment below which everything was synced.
     durable: u64,
+    /// Length of the newest segment's file: beyond its records are zeros.
+    length: u64,
     /// The file says so itself (a record with that offset was written).
     marked: bool,
     buffer: Vec<u8>,
@@ -90,6 +92,7 @@ impl Writer {
                 purged: index.purged.clone(),
             },
             durable: segments.back().map_or(0, |s| s.len),
+            length: segments.back().map_or(0, |s| s.len),
             marked: false,
             segments,
             buffer: Vec::new(),
@@ -203,6 +206,7 @@ impl Writer {
     /// Write the buffer at the end of the newest segment.
     fn flush(&mut self, sync: bool) -> Result<()> {
         if !self.buffer.is_empty() {
+            self.lengthen()?;
             let active = self.active();
             active
                 .file
@@ -221,6 +225,21 @@ impl Writer {
             self.durable = self.active().len;
             self.marked = false;
         }
+        Ok(())
+    }
+
+    /// Make room for the buffer ahead of its records; see [`WalOptions::ahead_bytes`].
+    fn lengthen(&mut self) -> Result<()> {
+        if self.end() <= self.length {
+            return Ok(());
+        }
+        let length = self.end().next_multiple_of(self.options.ahead_bytes.max(1));
+        let active = self.active();
+        active
+            .file
+            .set_len(length)
+            .map_err(io_error("lengthen", &active.path))?;
+        self.length = length;
         Ok(())
     }
 
@@ -259,12 +278,19 @@ impl Writer {
         self.flush(false)
     }
 
-    /// Make everything durable and say so in the file.
+    /// Make everything durable and say so in the file, which ends there.
     fn seal(&mut self) -> Result<()> {
         if self.durable < self.active().len {
             self.flush(true)?;
         }
         self.put(&Record::Synced);
+        self.flush(false)?;
+        let active = self.active();
+        active
+            .file
+            .set_len(active.len)
+            .map_err(io_error("shorten", &active.path))?;
+        self.length = self.active().len;
         self.flush(true)
     }
 
@@ -275,6 +301,7 @@ impl Writer {
         let start = self.start.clone();
         let segment = segment::create(&*self.options.disk, &self.dir, number, start)?;
         self.durable = segment.len;
+        self.length = segment.len;
         self.marked = false;
         self.segments.push_back(segment);
         Ok(())

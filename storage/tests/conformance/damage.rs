@@ -232,6 +232,54 @@ fn a_missing_segment_is_damage() {
     }
 }
 
+/// The newest file is longer than its records; a sealed one may still be, when the power went before
+/// its shortening was on disk.
+#[test]
+fn zeros_behind_the_records_are_no_damage_where_a_file_was_lengthened() {
+    let sample = Sample::new(40);
+    for file in &sample.files() {
+        let bytes = std::fs::read(file).unwrap();
+        let longer = [&bytes[..], &[0; 777]].concat();
+        let (wal, dir) = open_with(&sample, file, &longer).unwrap();
+        assert_eq!(all(&wal), sample.entries);
+        append(&wal, 40, &[b"next"]).unwrap();
+        drop(wal);
+        let wal = Wal::open_with(dir.path(), small_options()).unwrap();
+        assert_eq!(all(&wal).last(), Some(&entry(40, b"next")));
+        // Zeros in the place of records that were durable: the seal is gone as well.
+        let middle = records(&bytes)[1].0;
+        let zeroed = [&bytes[..middle], &vec![0; bytes.len() - middle]].concat();
+        let opened = open_with(&sample, file, &zeroed).map(|(wal, _dir)| all(&wal).len());
+        if *file != sample.last() {
+            let error = opened.unwrap_err();
+            assert!(matches!(error, StorageError::Corrupt { .. }), "{error}");
+        }
+    }
+}
+
+/// While it is open, so after a kill, a log's file is longer than its records; closed, it is not.
+#[test]
+fn a_file_is_lengthened_ahead_and_cut_when_it_is_closed() {
+    let dir = crate::support::tempdir();
+    let wal = Wal::open(dir.path()).unwrap();
+    let length = || {
+        let file = std::fs::read_dir(dir.path()).unwrap().next().unwrap();
+        file.unwrap().metadata().unwrap().len()
+    };
+    append(&wal, 0, &[b"first"]).unwrap();
+    let ahead = length();
+    assert_eq!(ahead, 1 << 20);
+    for i in 1..100 {
+        append(&wal, i, &[&[7; 100]]).unwrap();
+    }
+    assert_eq!(length(), ahead, "a sync would have waited for it");
+    append(&wal, 100, &[&vec![7; 3 << 20]]).unwrap();
+    assert_eq!(length(), 4 << 20);
+    drop(wal);
+    assert!(length() < 4 << 20);
+    assert_eq!(all(&Wal::open(dir.path()).unwrap()).len(), 101);
+}
+
 /// An entry can hold the bytes of a log file: they are not taken for records.
 #[test]
 fn records_inside_an_entry_are_not_records() {

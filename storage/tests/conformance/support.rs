@@ -47,6 +47,7 @@ pub(crate) fn small_options() -> WalOptions {
     WalOptions {
         segment_bytes: 700,
         cache_bytes: 100,
+        ahead_bytes: 300,
         ..WalOptions::default()
     }
 }

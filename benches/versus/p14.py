@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""P14: what a snapshot of many instances does to writes. Snapshots come by themselves, every 64 MiB of log on each
+member; the load runs until each member has made some, and each tenth of a second in which a member was at it (by
+its own log) is told from those in which none was. Prints a row for the README.
+
+    benches/versus/p14.py [instances] [seconds] [clients]
+"""
+
+import datetime, os, re, statistics, sys
+from lab import Lab, Mainstay, Steal, load
+
+instances = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+seconds = int(sys.argv[2]) if len(sys.argv) > 2 else 60
+clients = int(sys.argv[3]) if len(sys.argv) > 3 else 16
+
+
+def snapshots(lab, names):
+    """[begin, end] of each in milliseconds of the Unix epoch, by the members' own logs."""
+    spans = []
+    for name in names:
+        begin = None
+        for line in open(os.path.join(lab.dir, name + ".log"), errors="replace"):
+            stamp = re.match(r"(\d{4}-\d\d-\d\dT[\d:.]+)Z", line)
+            if not stamp:
+                continue
+            at = datetime.datetime.fromisoformat(stamp[1]).replace(tzinfo=datetime.timezone.utc).timestamp() * 1000
+            if "snapshot due" in line:
+                begin = at
+            elif "snapshot made" in line and begin:
+                spans.append((begin, at))
+                begin = None
+    return spans
+
+
+with Lab() as lab, Steal():
+    ours = Mainstay(lab)
+    ours.template()
+    row = load(ours, "writes", clients, seconds, objects=instances, timeline=True)
+    spans = snapshots(lab, ours.names)
+began = row["begin_unix_ms"]
+during, other = [], []
+for n, (done, p99, longest) in enumerate(row["slices"]):
+    at = began + n * 100
+    busy = any(begin < at + 100 and at < end for begin, end in spans)
+    (during if busy else other).append((done, p99, longest))
+spans = [s for s in spans if s[1] > began]
+if not during:
+    sys.exit(f"no snapshot within {seconds} s ({row['done']} writes): let it run longer")
+took = [end - begin for begin, end in spans]
+p99 = lambda rows: statistics.median(r[1] for r in rows)
+worst = lambda rows: max(r[2] for r in rows)
+stall = lambda rows: sum(r[0] == 0 for r in rows)
+print(f"{row['done']} writes, {len(spans)} snapshots of {statistics.median(took):.0f} ms (longest {max(took):.0f}); "
+      f"slices with one {len(during)}, without {len(other)}; slices without a write: {stall(during)} and {stall(other)}")
+print("\n| what | Mainstay | yardstick | ratio | how |\n| --- | --- | --- | --- | --- |")
+print(f"| writes while a member makes a snapshot of {instances} instances, {clients} clients (P14) | p99 {p99(during):.1f} ms, longest "
+      f"{worst(during):.0f} ms | without: p99 {p99(other):.1f} ms, longest {worst(other):.0f} ms "
+      f"| **{p99(during) / p99(other):.2f}x** | `benches/versus/p14.py {instances} {seconds} {clients}` |")
