@@ -35,6 +35,7 @@ use parking_lot::RwLock;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -311,9 +312,43 @@ fn not_ready(port: &Arc<PeerPort>) -> Router {
         .fallback(answer)
 }
 
+/// The thread that consensus works on, apart from those that serve requests: a heartbeat does not wait
+/// behind a long list, and a write's way through consensus is a walk on one thread.
+struct Consensus(Option<Runtime>);
+
+impl Consensus {
+    fn new() -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("consensus")
+            .enable_all()
+            .build()?;
+        Ok(Self(Some(runtime)))
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let runtime = self.0.as_ref().context("consensus has ended")?;
+        Ok(runtime.spawn(work).await?)
+    }
+}
+
+impl Drop for Consensus {
+    fn drop(&mut self) {
+        // Elsewhere than in a drop one would wait for it.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
 /// The parts of a member that is in a cluster.
 struct Member {
     group: Group,
+    /// Behind the group: it lives on it.
+    _consensus: Consensus,
     api: ApiState,
     nodes: agents::AgentsState,
     reconcilers: JoinHandle<()>,
@@ -365,15 +400,16 @@ impl Member {
             let (log, engine) = (Arc::clone(&stores.log), Arc::clone(&stores.engine));
             Arc::new(move || log.state().disk_bytes + engine.disk_bytes())
         };
-        let group = Box::pin(Group::start(
+        let consensus = Consensus::new().context("cannot start the thread of consensus")?;
+        let started = Box::pin(Group::start(
             GroupConfig::new(id, cluster_id).snapshot_every(port.config.snapshot_log_bytes),
             stores.log,
             stores.engine,
             stores.snapshots,
             Arc::new(ModelMachine::new(Arc::clone(&state))),
             Arc::new(PeerDialer::new(&port.config.token, cluster_id, id)),
-        ))
-        .await?;
+        ));
+        let group = consensus.run(started).await??;
         // Only one start per process: nobody has set it before.
         port.group.set(group.clone()).ok();
         let app = App::new(group.clone(), state);
@@ -441,6 +477,7 @@ impl Member {
         let api = ApiState::new(app, liveness, about);
         Ok(Self {
             group,
+            _consensus: consensus,
             api,
             nodes,
             reconcilers,

@@ -16,6 +16,7 @@ use mainstay_raft::{Group, GroupError, PeerStream, Role};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
+use tokio::runtime::Handle;
 
 /// Largest JSON body: a member list is a few hundred bytes.
 const BODY_MAX: usize = 256 << 10;
@@ -179,7 +180,10 @@ async fn raft(State(port): State<Arc<PeerPort>>, mut request: Request) -> Respon
         match upgrade.await {
             Ok(upgraded) => {
                 tracing::debug!(from = %format_args!("{from:016x}"), "Raft stream opened");
-                group.serve(stream(upgraded)).await;
+                match stream(upgraded, group.runtime()) {
+                    Ok(stream) => group.serve(stream).await,
+                    Err(e) => tracing::debug!(error = %e, "Raft stream was lost"),
+                }
             }
             Err(e) => tracing::debug!(error = %e, "Raft stream was not opened"),
         }
@@ -191,10 +195,14 @@ async fn raft(State(port): State<Arc<PeerPort>>, mut request: Request) -> Respon
     (StatusCode::SWITCHING_PROTOCOLS, upgrade).into_response()
 }
 
-/// The bare socket, behind whatever was read ahead of the upgrade.
-fn stream(upgraded: Upgraded) -> Box<dyn PeerStream> {
-    match downcast::<TokioIo<TcpStream>>(upgraded) {
-        Ok(parts) if parts.read_buf.is_empty() => Box::new(parts.io.into_inner()),
+/// The bare socket, registered where it is served, behind whatever was read ahead of the upgrade.
+fn stream(upgraded: Upgraded, runtime: &Handle) -> std::io::Result<Box<dyn PeerStream>> {
+    Ok(match downcast::<TokioIo<TcpStream>>(upgraded) {
+        Ok(parts) if parts.read_buf.is_empty() => {
+            let socket = parts.io.into_inner().into_std()?;
+            let _there = runtime.enter();
+            Box::new(TcpStream::from_std(socket)?)
+        }
         Ok(parts) => {
             let (read, write) = parts.io.into_inner().into_split();
             let ahead = std::io::Cursor::new(parts.read_buf);
@@ -204,5 +212,5 @@ fn stream(upgraded: Upgraded) -> Box<dyn PeerStream> {
             ))
         }
         Err(upgraded) => Box::new(TokioIo::new(upgraded)),
-    }
+    })
 }

@@ -21,7 +21,7 @@ pub(super) enum Key {
     Node(NodeId),
     /// `o`: the output of an instance's script.
     Output(InstanceId),
-    /// `r`: a recent command, by slot.
+    /// `r`: some recent commands, by block of slots.
     Recent(u32),
     /// `s`: the body of an instance's script.
     Script(InstanceId),

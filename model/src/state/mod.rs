@@ -79,9 +79,10 @@ impl State {
         self.clock_ms = self.clock_ms.max(envelope.stamp_ms);
         self.dirty.insert(Key::Meta);
         let outcome = apply::run(self, &envelope.command);
-        for slot in self.recent.remember(envelope.id, outcome.clone()) {
-            self.dirty.insert(Key::Recent(slot));
-        }
+        let changed = |block| {
+            self.dirty.insert(Key::Recent(block));
+        };
+        self.recent.remember(envelope.id, outcome.clone(), changed);
         outcome
     }
 

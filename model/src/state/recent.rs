@@ -10,6 +10,11 @@ use crate::limits::{RECENT_COMMANDS, RECENT_IDS};
 use crate::outcome::Outcome;
 use std::collections::{BTreeMap, VecDeque};
 
+/// Neighbouring slots that are stored under one key: a key for each command would be most of what a
+/// checkpoint writes. Small, because outcomes that name a thousand instances are stored like this too.
+const BLOCK: u32 = 16;
+const _: () = assert!(RECENT_COMMANDS.is_multiple_of(BLOCK as usize));
+
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Recent {
     /// Sequence number of the oldest remembered command; the others follow without a gap.
@@ -38,19 +43,23 @@ impl Recent {
         Some(&self.order.get((sequence - self.first) as usize)?.1)
     }
 
-    /// Remember one more; returns the slots whose content changed.
-    pub(super) fn remember(&mut self, id: CommandId, outcome: Outcome) -> Vec<u32> {
+    /// Remember one more; tells the blocks whose content changed.
+    pub(super) fn remember(
+        &mut self,
+        id: CommandId,
+        outcome: Outcome,
+        mut changed: impl FnMut(u32),
+    ) {
         let sequence = self.first + self.order.len() as u64;
-        let mut slots = vec![slot(sequence)];
+        changed(slot(sequence) / BLOCK);
         self.ids += weight(&outcome);
         self.order.push_back((id, outcome));
         self.sequences.insert(id, sequence);
         while self.order.len() > RECENT_COMMANDS || (self.ids > RECENT_IDS && self.order.len() > 1)
         {
-            slots.push(slot(self.first));
+            changed(slot(self.first) / BLOCK);
             self.forget_oldest();
         }
-        slots
     }
 
     fn forget_oldest(&mut self) {
@@ -61,16 +70,27 @@ impl Recent {
         }
     }
 
-    /// What stands in a slot: sequence number, command, outcome.
-    pub(super) fn at_slot(&self, wanted: u32) -> Option<(u64, CommandId, &Outcome)> {
+    /// What stands in a block: sequence number, command, outcome, in the order of slots.
+    pub(super) fn in_block(&self, block: u32) -> impl Iterator<Item = (u64, CommandId, &Outcome)> {
+        (block * BLOCK..(block + 1) * BLOCK).filter_map(|slot| self.at_slot(slot))
+    }
+
+    fn at_slot(&self, wanted: u32) -> Option<(u64, CommandId, &Outcome)> {
         let ahead = u64::from(wanted) + RECENT_COMMANDS as u64 - u64::from(slot(self.first));
         let offset = ahead % RECENT_COMMANDS as u64;
         let (id, outcome) = self.order.get(offset as usize)?;
         Some((self.first + offset, *id, outcome))
     }
 
+    /// Occupied blocks in ascending order.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = u32> {
+        let mut last = None;
+        let new = move |block: &u32| last.replace(*block) != Some(*block);
+        self.slots().map(|slot| slot / BLOCK).filter(new)
+    }
+
     /// Occupied slots in ascending order.
-    pub(super) fn slots(&self) -> impl Iterator<Item = u32> {
+    fn slots(&self) -> impl Iterator<Item = u32> {
         let start = slot(self.first);
         let length = self.order.len() as u32;
         let wrapped = (start + length).saturating_sub(RECENT_COMMANDS as u32);
@@ -80,10 +100,10 @@ impl Recent {
     /// From stored entries in any order.
     pub(super) fn rebuild(entries: Vec<(u32, u64, CommandId, Outcome)>) -> Result<Self, String> {
         let mut sorted = BTreeMap::new();
-        for (stored_slot, sequence, id, outcome) in entries {
-            if slot(sequence) != stored_slot {
+        for (block, sequence, id, outcome) in entries {
+            if slot(sequence) / BLOCK != block {
                 return Err(format!(
-                    "remembered command {sequence} stands in slot {stored_slot}"
+                    "remembered command {sequence} stands in block {block}"
                 ));
             }
             sorted.insert(sequence, (id, outcome));
@@ -124,22 +144,27 @@ mod tests {
     use crate::ids::InstanceId;
 
     fn stored(recent: &Recent) -> Vec<(u32, u64, CommandId, Outcome)> {
-        let at = |s| recent.at_slot(s).map(|(n, id, o)| (s, n, id, o.clone()));
-        recent.slots().filter_map(at).collect()
+        let of = |b| {
+            let tagged = move |(n, id, o): (u64, CommandId, &Outcome)| (b, n, id, o.clone());
+            recent.in_block(b).map(tagged)
+        };
+        recent.blocks().flat_map(of).collect()
     }
 
     #[test]
     fn the_oldest_is_forgotten_and_slots_are_used_again() {
         let mut recent = Recent::default();
         for i in 0..RECENT_COMMANDS as u128 + 3 {
-            let slots = recent.remember(CommandId(i), Outcome::Bound(i as u32));
-            assert_eq!(slots[0], (i % RECENT_COMMANDS as u128) as u32);
+            let mut blocks = Vec::new();
+            recent.remember(CommandId(i), Outcome::Bound(i as u32), |b| blocks.push(b));
+            assert_eq!(blocks[0], (i % RECENT_COMMANDS as u128) as u32 / BLOCK);
         }
         assert_eq!(recent.get(CommandId(2)), None);
         assert_eq!(recent.get(CommandId(3)), Some(&Outcome::Bound(3)));
         let entries = stored(&recent);
         assert_eq!(entries.len(), RECENT_COMMANDS);
-        assert!(entries.windows(2).all(|w| w[0].0 < w[1].0), "slots ascend");
+        assert!(recent.blocks().is_sorted(), "blocks ascend");
+        assert_eq!(recent.blocks().count(), RECENT_COMMANDS / BLOCK as usize);
         assert_eq!(Recent::rebuild(entries).unwrap(), recent);
     }
 
@@ -148,7 +173,7 @@ mod tests {
         let mut recent = Recent::default();
         let ids = vec![InstanceId::from("i"); 1_000];
         for i in 0..300_u128 {
-            recent.remember(CommandId(i), Outcome::Started(ids.clone()));
+            recent.remember(CommandId(i), Outcome::Started(ids.clone()), |_| {});
         }
         assert_eq!(recent.order.len(), RECENT_IDS / 1_000);
         assert_eq!(recent.get(CommandId(0)), None);
@@ -157,10 +182,11 @@ mod tests {
     }
 
     #[test]
-    fn gaps_and_wrong_slots_are_refused() {
-        let e = |slot, n, id| (slot, n, CommandId(id), Outcome::Done);
-        assert!(Recent::rebuild(vec![e(0, 0, 1), e(2, 2, 2)]).is_err());
+    fn gaps_and_wrong_blocks_are_refused() {
+        let e = |block, n, id| (block, n, CommandId(id), Outcome::Done);
+        assert!(Recent::rebuild(vec![e(0, 0, 1), e(0, 1, 2)]).is_ok());
+        assert!(Recent::rebuild(vec![e(0, 0, 1), e(0, 2, 2)]).is_err());
         assert!(Recent::rebuild(vec![e(1, 0, 1)]).is_err());
-        assert!(Recent::rebuild(vec![e(0, 0, 1), e(1, 1, 1)]).is_err());
+        assert!(Recent::rebuild(vec![e(0, 0, 1), e(0, 1, 1)]).is_err());
     }
 }

@@ -19,6 +19,9 @@ pub(super) struct MetaRecord {
 }
 
 #[derive(Serialize, Deserialize)]
+pub(super) struct RecentBlock<'a>(pub(super) Vec<RecentRecord<'a>>);
+
+#[derive(Serialize, Deserialize)]
 pub(super) struct RecentRecord<'a> {
     pub(super) sequence: u64,
     pub(super) id: CommandId,

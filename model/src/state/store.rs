@@ -4,7 +4,9 @@
 use super::index::Index;
 use super::key::Key;
 use super::recent::Recent;
-use super::record::{InstanceRecord, MetaRecord, RecentRecord, ScriptRecord, TemplateRecord};
+use super::record::{
+    InstanceRecord, MetaRecord, RecentBlock, RecentRecord, ScriptRecord, TemplateRecord,
+};
 use super::{Change, State};
 use crate::codec::{CodecError, decode, encode};
 use crate::ids::{CommandId, InstanceId, TemplateId};
@@ -54,7 +56,9 @@ impl State {
         self.left.keys().for_each(|id| give(Key::Left(id.clone())));
         self.nodes.keys().for_each(|id| give(Key::Node(id.clone())));
         instances().for_each(|id| give(Key::Output(id)));
-        self.recent.slots().for_each(|slot| give(Key::Recent(slot)));
+        self.recent
+            .blocks()
+            .for_each(|block| give(Key::Recent(block)));
         instances().for_each(|id| give(Key::Script(id)));
         self.templates
             .keys()
@@ -81,13 +85,14 @@ impl State {
             Key::Left(id) => self.left.get(id).map(encode),
             Key::Node(id) => self.nodes.get(id).map(encode),
             Key::Output(id) => self.instances.get(id)?.script_result.as_ref().map(encode),
-            Key::Recent(slot) => {
-                let (sequence, id, outcome) = self.recent.at_slot(*slot)?;
-                Some(encode(&RecentRecord {
+            Key::Recent(block) => {
+                let record = |(sequence, id, outcome)| RecentRecord {
                     sequence,
                     id,
                     outcome: Cow::Borrowed(outcome),
-                }))
+                };
+                let records: Vec<_> = self.recent.in_block(*block).map(record).collect();
+                (!records.is_empty()).then(|| encode(&RecentBlock(records)))
             }
             Key::Script(id) => {
                 let script = self.instances.get(id)?.request.script.as_ref()?;
@@ -136,10 +141,12 @@ impl State {
                 self.nodes.insert(id, decode(value)?);
             }
             Key::Output(id) => rest.outputs.push((id, decode(value)?)),
-            Key::Recent(slot) => {
-                let r: RecentRecord<'_> = decode(value)?;
-                let outcome = r.outcome.into_owned();
-                rest.recent.push((slot, r.sequence, r.id, outcome));
+            Key::Recent(block) => {
+                let records: RecentBlock<'_> = decode(value)?;
+                rest.recent.extend(records.0.into_iter().map(|r| {
+                    let outcome = r.outcome.into_owned();
+                    (block, r.sequence, r.id, outcome)
+                }));
             }
             Key::Script(id) => {
                 let record: ScriptRecord<'_> = decode(value)?;

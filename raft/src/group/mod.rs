@@ -37,7 +37,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -115,11 +117,13 @@ pub(crate) struct Inner {
     cancel: CancellationToken,
     /// `stop` was called: it, and not the guard, ends everything.
     stopping: AtomicBool,
+    runtime: Handle,
 }
 
 impl Group {
     /// Recover from log, engine and snapshot, and take part in the group (an uninitialised member
     /// waits to be initialised or contacted). Refused when the log lacks what was applied from it.
+    /// Everything that it does by itself happens on the runtime of this call.
     pub async fn start(
         config: GroupConfig,
         log: Arc<dyn Log>,
@@ -193,6 +197,7 @@ impl Group {
             receiving: Arc::default(),
             cancel: CancellationToken::new(),
             stopping: AtomicBool::new(false),
+            runtime: Handle::current(),
         });
         upkeep::spawn(&inner, leader_tx, status_tx);
         read::spawn(&inner);
@@ -288,13 +293,24 @@ impl Group {
             .collect()
     }
 
+    /// The runtime that this member was started on and works on. Streams are served there as well,
+    /// and best registered there.
+    pub fn runtime(&self) -> &Handle {
+        &self.inner.runtime
+    }
+
     /// Serve one accepted stream from another member until it ends.
     pub async fn serve(&self, stream: Box<dyn PeerStream>) {
         let service = Arc::new(service::Requests(self.inner.clone()));
         let cancel = self.inner.cancel.clone();
-        cancel
-            .run_until_cancelled(transport::server::serve(service, stream))
-            .await;
+        let serving = async move {
+            let serving = transport::server::serve(service, stream);
+            cancel.run_until_cancelled(serving).await;
+        };
+        // A set, so that it ends with its caller.
+        let mut set = JoinSet::new();
+        set.spawn_on(serving, &self.inner.runtime);
+        set.join_next().await;
     }
 
     /// Add a learner (or change a member's addresses). From any member.

@@ -21,6 +21,7 @@
 //! lost power keeps its connections or refuses nothing.
 
 use super::Inner;
+use crate::transport::wire::Fit;
 use crate::types::Vote;
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::raft::TransferLeaderRequest;
@@ -141,6 +142,10 @@ impl Inner {
         let _ = self.raft.handle_transfer_leader(yielded).await;
         tokio::time::sleep(STAGGER * turn).await;
         for _ in 0..CAMPAIGNS {
+            // The others may go ahead. When nobody is fit, `fitness` lets one campaign in the end.
+            if self.fitness.verdict() != Fit::Yes {
+                return;
+            }
             let now = self.vote_and_turn(dead).await;
             if self.streams.hears(dead) || now.is_none_or(|(now, _)| now != vote) {
                 return;

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// The published status changes no more often than this.
-const STATUS_EVERY: Duration = Duration::from_millis(1);
+/// The published status changes no more often than this: it names every member, and each change
+/// wakes whoever looks at the applied state.
+const STATUS_EVERY: Duration = Duration::from_millis(5);
 /// Snapshots, purges and unfinished changes are looked at this often.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// The log is kept for members that are catching up until it is this long.
@@ -25,7 +26,8 @@ pub(super) fn spawn(
     leader: watch::Sender<Option<u64>>,
     status: watch::Sender<Status>,
 ) {
-    tokio::spawn(publish(inner.clone(), leader, status));
+    tokio::spawn(follow(inner.clone(), leader));
+    tokio::spawn(publish(inner.clone(), status));
     tokio::spawn(guard(inner.clone()));
     let upkeep = inner.clone();
     tokio::spawn(async move {
@@ -53,16 +55,43 @@ async fn guard(inner: Arc<Inner>) {
     let _ = tokio::task::spawn_blocking(move || checkpointer.stop(false)).await;
 }
 
-async fn publish(
-    inner: Arc<Inner>,
-    leader: watch::Sender<Option<u64>>,
-    status: watch::Sender<Status>,
-) {
+/// Who leads, and where members are: requests wait for it, so it is told at once.
+async fn follow(inner: Arc<Inner>, leader: watch::Sender<Option<u64>>) {
+    let mut server = inner.raft.server_metrics();
+    let mut fault = inner.fault.watch();
+    let mut members = None;
+    loop {
+        let faulty = fault.borrow_and_update().is_some();
+        let now = {
+            let server = server.borrow_and_update();
+            if members.as_ref() != Some(server.membership_config.log_id()) {
+                members = Some(*server.membership_config.log_id());
+                let nodes = server.membership_config.membership().nodes();
+                inner
+                    .peers
+                    .update(nodes.map(|(id, m)| (*id, m.clone())).collect());
+            }
+            server.current_leader.filter(|_| !faulty)
+        };
+        leader.send_if_modified(|seen| std::mem::replace(seen, now) != now);
+        if faulty {
+            return;
+        }
+        tokio::select! {
+            changed = server.changed() => if changed.is_err() {
+                // The core has ended; why, becomes a fault.
+                let _ = fault.changed().await;
+            },
+            _ = fault.changed() => {}
+        }
+    }
+}
+
+async fn publish(inner: Arc<Inner>, status: watch::Sender<Status>) {
     let mut metrics = inner.raft.metrics();
     let mut applied = inner.applied.clone();
     let mut fault = inner.fault.watch();
     let mut fitness = inner.fitness.watch();
-    let mut members = None;
     loop {
         let now = {
             let metrics = metrics.borrow_and_update();
@@ -75,18 +104,10 @@ async fn publish(
                     inner.fault.raise(e.to_string());
                 }
             }
-            if members.as_ref() != Some(metrics.membership_config.log_id()) {
-                members = Some(*metrics.membership_config.log_id());
-                let nodes = metrics.membership_config.membership().nodes();
-                inner
-                    .peers
-                    .update(nodes.map(|(id, m)| (*id, m.clone())).collect());
-            }
             fitness.mark_unchanged();
             let applied = *applied.borrow_and_update();
             status_of(&metrics, applied, &inner.fault, &inner.fitness)
         };
-        leader.send_if_modified(|seen| std::mem::replace(seen, now.leader) != now.leader);
         let ended = now.fault.is_some();
         status.send_if_modified(|seen| {
             let changed = *seen != now;

@@ -20,6 +20,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
 use tokio_util::codec::{Encoder, Framed, FramedRead};
 use tokio_util::sync::CancellationToken;
@@ -123,14 +124,14 @@ impl Ticket {
 }
 
 impl Link {
-    pub(crate) fn new(target: Target) -> Self {
+    pub(crate) fn new(target: Target, runtime: &Handle) -> Self {
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner::default()),
             wake: Notify::new(),
             closed: CancellationToken::new(),
         });
         let task = shared.clone();
-        tokio::spawn(async move {
+        runtime.spawn(async move {
             let closed = task.closed.clone();
             closed.run_until_cancelled(run(&task, &target)).await;
             task.fail_all("the link was closed", State::Down("closed".into()));

@@ -26,6 +26,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
 
 /// Appends outstanding to one member.
 const PIPELINE: usize = 32;
@@ -52,6 +53,8 @@ pub(crate) struct Peers {
     pub(crate) id: u64,
     cluster_id: String,
     dialer: Arc<dyn Dialer>,
+    /// Where the connections live, whoever asks for them.
+    runtime: Handle,
     known: Mutex<Known>,
     sending: Mutex<SnapshotSends>,
     next_send: AtomicU64,
@@ -69,6 +72,7 @@ impl Peers {
             id,
             cluster_id,
             dialer,
+            runtime: Handle::current(),
             known: Mutex::default(),
             sending: Mutex::default(),
             next_send: AtomicU64::new(0),
@@ -101,7 +105,7 @@ impl Peers {
             .get(&id)
             .is_some_and(|l| l.member.peer_url == member.peer_url);
         if !reaches {
-            let open = |lane| Arc::new(Link::new(self.target(id, member, lane)));
+            let open = |lane| Arc::new(Link::new(self.target(id, member, lane), &self.runtime));
             let new = Links {
                 member: member.clone(),
                 control: open(Lane::Control),

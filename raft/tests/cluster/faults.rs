@@ -316,3 +316,19 @@ async fn a_leader_that_one_member_cannot_reach_stays_because_the_others_hear_it(
         assert_eq!((status.leader, status.term), (Some(leader), term), "{id}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_is_not_fit_leaves_the_succession_to_one_that_is() {
+    let mut cluster = Cluster::founded(3, patient).await;
+    let old = cluster.leader().await;
+    let rest = others(&cluster, old);
+    for &id in &rest {
+        cluster.get(id, "a").await;
+    }
+    // Its turn would be first.
+    let reason = mainstay_raft::Unfit::Reluctant("a test".into());
+    cluster.nodes[&rest[0]].group().unfit("test", Some(reason));
+    cluster.halt(old).await;
+    assert_eq!(cluster.leader_among(&rest).await, rest[1]);
+    assert_eq!(cluster.put(rest[0], "a", 1).await, 1);
+}

@@ -21,6 +21,8 @@ pub(super) const ENTRY: u8 = 1;
 pub(super) const END: u8 = 0;
 /// Written at once.
 const BUFFER_LEN: usize = 1 << 20;
+/// Synced as it grows: one sync of everything would hold up those of the log on the same disk.
+const SYNC_EVERY: u64 = 4 << 20;
 /// Largest key, value and meta: a limit so that a length is never believed blindly.
 pub(super) const LEN_MAX: u64 = 1 << 30;
 
@@ -44,6 +46,7 @@ pub(super) struct Output {
     encoder: SnapshotEncoder,
     buffer: Vec<u8>,
     written: u64,
+    synced: u64,
 }
 
 impl Output {
@@ -55,6 +58,7 @@ impl Output {
             path: path.to_path_buf(),
             buffer,
             written: 0,
+            synced: 0,
         })
     }
 
@@ -73,6 +77,11 @@ impl Output {
         self.written += self.buffer.len() as u64;
         self.buffer.clear();
         self.buffer.shrink_to(BUFFER_LEN);
+        if self.written - self.synced >= SYNC_EVERY {
+            self.synced = self.written;
+            let synced = self.file.sync_data();
+            synced.map_err(io_error("sync", &self.path))?;
+        }
         Ok(())
     }
 
@@ -83,6 +92,7 @@ impl Output {
             encoder,
             mut buffer,
             written,
+            synced: _,
         } = self;
         encoder.end(&mut buffer);
         file.write_all_at(&buffer, written)
