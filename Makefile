@@ -24,6 +24,8 @@ torture:
 	MAINSTAY_KILL_CYCLES=200 cargo test --test process kill_cycles -- --nocapture
 	MAINSTAY_START_ROUNDS=20 cargo test --test process any_start_order -- --nocapture
 	MAINSTAY_PUSH_CUTS=20 cargo test --test process interrupted_push -- --nocapture
+	MAINSTAY_FLIPS=50 cargo test --test process flipped_bit -- --nocapture
+	MAINSTAY_FAULT_POINTS=100 cargo test --test process one_failing_call -- --nocapture
 	MAINSTAY_PAUSE_SECONDS=60 cargo test --test process paused -- --nocapture
 	MAINSTAY_CHURN=20000 cargo test -p mainstay-storage --test conformance churn -- --nocapture
 	MAINSTAY_THIN_LINE_MB=50 cargo test --test process thin_line -- --nocapture

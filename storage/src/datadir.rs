@@ -12,6 +12,7 @@
 //! [`DataDir::begin`] and [`DataDir::done`]: in between, no member starts on it, also after a crash.
 
 use crate::disk::{Disk, RealDisk, create_dir_durable, io_error, replace_file};
+use crate::error::repair_hint;
 use crate::{Result, StorageError};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions, TryLockError};
@@ -263,8 +264,10 @@ fn decode(path: &Path, bytes: &[u8]) -> Result<Identity> {
     };
     if bytes.get(..8) != Some(MAGIC) {
         return Err(StorageError::Foreign(format!(
-            "{} is not a Mainstay identity file; give the path of an empty or new directory",
-            path.display()
+            "{} is not a Mainstay identity file; give the path of an empty or new directory; if it was a \
+             member's, {}",
+            path.display(),
+            repair_hint(path)
         )));
     }
     let (Some(format), Some(crc)) = (word(8), word(12)) else {

@@ -102,9 +102,9 @@ static int fate_fd(uint32_t op, const char *name, int fd) {
 
 #define FAIL(what)             \
     do {                       \
-        int f = (what);        \
-        if (f > 0) {           \
-            errno = f;         \
+        int fails = (what);    \
+        if (fails > 0) {       \
+            errno = fails;     \
             return -1;         \
         }                      \
     } while (0)

@@ -216,7 +216,6 @@ impl Cluster {
     }
 
     /// Process id of member `n`.
-    #[allow(dead_code)]
     pub(crate) fn pid(&self, n: usize) -> u32 {
         let child = self.members[n].child.as_ref().expect("the member runs");
         child.id()

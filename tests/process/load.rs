@@ -64,7 +64,6 @@ impl Writers {
         .await;
     }
 
-    #[allow(dead_code)]
     /// What the clients were told so far, while they go on.
     pub(crate) fn told(&self) -> Acknowledged {
         let last = |p: &Progress| p.last.load(Ordering::SeqCst);

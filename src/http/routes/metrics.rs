@@ -57,6 +57,8 @@ fn about(page: &mut Page, about: &About) {
         page.gauge("disk_free_bytes", free, disk.free);
         page.gauge("disk_total_bytes", "Size of that disk.", disk.total);
     }
+    let low = "1 while that disk has too little room for pushes.";
+    page.gauge("disk_low", low, u64::from((about.complaint)().is_some()));
     let chunks = (about.chunks)();
     page.gauge("chunks", "Chunks held.", chunks.chunks);
     let stored = "Bytes they take, compressed.";
@@ -72,6 +74,8 @@ fn consensus(page: &mut Page, status: &Status) {
     page.gauge("raft_applied_index", "Applied index.", status.applied);
     let leads = "1 if this member leads.";
     page.gauge("raft_is_leader", leads, u64::from(status.is_leader()));
+    let unfit = "Reasons why this member should not lead.";
+    page.gauge("raft_unfit_reasons", unfit, status.unfit.len() as u64);
     let has = "1 if this member knows a leader.";
     page.gauge("raft_has_leader", has, u64::from(status.leader.is_some()));
     let voters = status.members.values().filter(|m| m.role == Role::Voter);

@@ -28,7 +28,10 @@ impl Durable {
         }
         let file = disk.open(&path).map_err(io_error("open", &path))?;
         let bytes = std::fs::read(&path).map_err(io_error("read", &path))?;
-        let commits = parse_durable(&bytes).unwrap_or(0);
+        let commits = parse_durable(&bytes).unwrap_or_else(|| {
+            tracing::warn!(path = %path.display(), "damaged: how many commits were durable is not known; it is written anew");
+            0
+        });
         Ok((Self { path, file }, commits))
     }
 

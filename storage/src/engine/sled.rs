@@ -9,6 +9,7 @@
 //! * Damage in the middle of its file it takes for a torn end, and goes back to an older state without a
 //!   word (58 of 60 flipped bits): a file of ours says how many commits were durable, and fewer are refused.
 //! * A failed write is final: every later call is refused.
+//! * Closing, it syncs once more and panics when that fails: a server never closes it.
 
 use super::durable::Durable;
 use super::layout::{self, Root};
@@ -43,6 +44,7 @@ pub struct SledEngine {
     file: Arc<dyn DiskFile>,
     durable: Durable,
     state: Mutex<State>,
+    for_good: bool,
 }
 
 #[derive(Debug, Default)]
@@ -73,6 +75,7 @@ impl SledEngine {
             dir: dir.to_path_buf(),
             db,
             state: Mutex::default(),
+            for_good: false,
         };
         engine.sync_names()?;
         let mut state = engine.state.lock();
@@ -89,6 +92,14 @@ impl SledEngine {
         engine.drop_others(&mut state)?;
         drop(state);
         Ok(engine)
+    }
+
+    /// Never close the store: the process ends with it. Closing, it syncs its file once more, and
+    /// panics when that fails, although everything that was promised is durable already.
+    #[must_use]
+    pub fn for_good(mut self) -> Self {
+        self.for_good = true;
+        self
     }
 
     /// Creation must survive a power cut: the files, and the names of the files.
@@ -425,6 +436,15 @@ impl Iterator for Scan<'_> {
     }
 }
 
+impl Drop for SledEngine {
+    fn drop(&mut self) {
+        if self.for_good || self.state.lock().stopped.is_some() {
+            // One handle more than will ever be dropped.
+            std::mem::forget(self.db.clone());
+        }
+    }
+}
+
 /// A handle that was dropped may hold the lock a little longer (sled's own threads do): wait for that.
 fn open_db(dir: &Path) -> Result<sled::Db> {
     let config = sled::Config::new()
@@ -458,8 +478,21 @@ fn remove_half_snapshots(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+fn nonsense(kind: std::io::ErrorKind) -> bool {
+    use std::io::ErrorKind;
+    matches!(
+        kind,
+        ErrorKind::InvalidData
+            | ErrorKind::InvalidInput
+            | ErrorKind::UnexpectedEof
+            | ErrorKind::Other
+    )
+}
+
 fn fault(dir: &Path, action: &'static str, error: sled::Error) -> StorageError {
     match error {
+        // What it cannot make sense of comes as an error of the system, too.
+        sled::Error::Io(source) if nonsense(source.kind()) => StorageError::corrupt(dir, source),
         sled::Error::Io(source) => io_error(action, dir)(source),
         sled::Error::Corruption { .. } => StorageError::corrupt(dir, error),
         other => StorageError::Stopped(format!(

@@ -4,7 +4,9 @@
 //!
 //! A run that did not meet its fault proves nothing and fails.
 
+mod flips;
 mod full;
-#[allow(dead_code)]
+mod overload;
 mod shim;
 mod slow;
+mod sweep;
