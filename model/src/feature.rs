@@ -6,11 +6,14 @@
 //! | --- | --- |
 //! | 0 | what the first release had |
 //! | 1 | `SetFeatures` itself: a cluster that remembers its level |
+//! | 3 | remembered commands are stored sixteen to a key |
 
 use crate::command::Command;
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 1;
+pub const SUPPORTED: u32 = 3;
+/// From which on remembered commands are stored in blocks.
+pub const RECENT_BLOCKS: u32 = 3;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it
@@ -24,6 +27,36 @@ impl Command {
 mod tests {
     use super::*;
     use crate::{CommandId, Envelope, State};
+
+    /// What is stored by changes is what an export has, whenever the level is raised.
+    #[test]
+    fn remembered_commands_move_once() {
+        let mut state = State::default();
+        let mut stored = std::collections::BTreeMap::new();
+        for n in 0..100_u128 {
+            let command = match n {
+                40 => Command::SetFeatures { level: 2 },
+                70 => Command::SetFeatures { level: 3 },
+                _ => Command::Noop,
+            };
+            state.apply(&Envelope {
+                id: CommandId(n),
+                stamp_ms: 1,
+                command,
+            });
+            for (key, value) in state.take_changes() {
+                match value {
+                    Some(value) => stored.insert(key, value),
+                    None => stored.remove(&key),
+                };
+            }
+            let whole: Vec<_> = stored.clone().into_iter().collect();
+            assert_eq!(whole, state.export(), "after command {n}");
+            assert_eq!(State::import(whole.into_iter()).unwrap(), state);
+        }
+        let table = |t: u8| stored.keys().filter(|key| key[0] == t).count();
+        assert_eq!((table(b'q'), table(b'r')), (7, 0));
+    }
 
     #[test]
     fn a_level_is_never_taken_back_and_level_0_leaves_no_trace() {

@@ -4,6 +4,7 @@
 use super::State;
 use super::index::Place;
 use super::key::Key;
+use crate::feature::RECENT_BLOCKS;
 use crate::group::Group;
 use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
 use crate::instance::{Instance, ScriptResult};
@@ -157,10 +158,17 @@ impl State {
     }
 
     pub(crate) fn raise_features(&mut self, level: u32) {
-        if level > self.features {
-            self.features = level;
-            self.dirty.insert(Key::Features);
+        if level <= self.features {
+            return;
         }
+        if self.features < RECENT_BLOCKS && level >= RECENT_BLOCKS {
+            // Every remembered command moves, once.
+            self.dirty.extend(self.recent.slots().map(Key::Recent));
+            let blocks = self.recent.blocks().map(Key::RecentBlock);
+            self.dirty.extend(blocks);
+        }
+        self.features = level;
+        self.dirty.insert(Key::Features);
     }
 
     pub(crate) fn put_group(&mut self, group: Group) {

@@ -21,7 +21,9 @@ pub(super) enum Key {
     Node(NodeId),
     /// `o`: the output of an instance's script.
     Output(InstanceId),
-    /// `r`: some recent commands, by block of slots.
+    /// `q`: some recent commands, by block of slots.
+    RecentBlock(u32),
+    /// `r`: a recent command, by slot: the form below feature level `RECENT_BLOCKS`.
     Recent(u32),
     /// `s`: the body of an instance's script.
     Script(InstanceId),
@@ -47,9 +49,14 @@ impl Key {
             Self::Left(id) => with(b'l', id.as_str()),
             Self::Node(id) => with(b'n', id.as_str()),
             Self::Output(id) => with(b'o', id.as_str()),
-            Self::Recent(slot) => {
-                let mut out = with(b'r', "");
-                out.extend_from_slice(&slot.to_be_bytes());
+            Self::RecentBlock(number) | Self::Recent(number) => {
+                let table = if matches!(self, Self::Recent(_)) {
+                    b'r'
+                } else {
+                    b'q'
+                };
+                let mut out = with(table, "");
+                out.extend_from_slice(&number.to_be_bytes());
                 out
             }
             Self::Script(id) => with(b's', id.as_str()),
@@ -79,6 +86,7 @@ impl Key {
             b'l' => Self::Left(text(rest)?.into()),
             b'n' => Self::Node(text(rest)?.into()),
             b'o' => Self::Output(text(rest)?.into()),
+            b'q' => Self::RecentBlock(number(rest)?),
             b'r' => Self::Recent(number(rest)?),
             b's' => Self::Script(text(rest)?.into()),
             b't' => Self::Template(text(rest)?.into()),
@@ -109,6 +117,8 @@ mod tests {
             Key::Script("i1".into()),
             Key::Recent(300),
             Key::Recent(2),
+            Key::RecentBlock(300),
+            Key::RecentBlock(2),
             Key::Output("i1".into()),
             Key::Node("n1".into()),
             Key::Left("i1".into()),
@@ -135,6 +145,7 @@ mod tests {
             b"c1",
             b"f1",
             b"r123",
+            b"q12345",
             b"vt",
             b"v\0\0\0\0\0",
             b"vt\x01\0\0\0\0",

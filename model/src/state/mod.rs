@@ -10,6 +10,7 @@ mod store;
 
 use crate::apply;
 use crate::command::Envelope;
+use crate::feature::RECENT_BLOCKS;
 use crate::group::Group;
 use crate::ids::{CommandId, GroupId, InstanceId, NodeId, TemplateId};
 use crate::instance::Instance;
@@ -79,8 +80,13 @@ impl State {
         self.clock_ms = self.clock_ms.max(envelope.stamp_ms);
         self.dirty.insert(Key::Meta);
         let outcome = apply::run(self, &envelope.command);
-        let changed = |block| {
-            self.dirty.insert(Key::Recent(block));
+        let blocks = self.features >= RECENT_BLOCKS;
+        let changed = |slot| {
+            self.dirty.insert(if blocks {
+                Key::RecentBlock(Recent::block(slot))
+            } else {
+                Key::Recent(slot)
+            });
         };
         self.recent.remember(envelope.id, outcome.clone(), changed);
         outcome

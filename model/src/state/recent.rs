@@ -10,10 +10,29 @@ use crate::limits::{RECENT_COMMANDS, RECENT_IDS};
 use crate::outcome::Outcome;
 use std::collections::{BTreeMap, VecDeque};
 
-/// Neighbouring slots that are stored under one key: a key for each command would be most of what a
-/// checkpoint writes. Small, because outcomes that name a thousand instances are stored like this too.
+/// Neighbouring slots that are stored under one key, from feature level
+/// [`crate::feature::RECENT_BLOCKS`] on: a key for each command would be most of what a checkpoint
+/// writes. Small, because outcomes that name a thousand instances are stored like this too.
 const BLOCK: u32 = 16;
 const _: () = assert!(RECENT_COMMANDS.is_multiple_of(BLOCK as usize));
+
+/// Where a remembered command is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Alone.
+    Slot(u32),
+    /// With its neighbours.
+    Block(u32),
+}
+
+impl Place {
+    fn holds(self, sequence: u64) -> bool {
+        match self {
+            Self::Slot(at) => slot(sequence) == at,
+            Self::Block(at) => slot(sequence) / BLOCK == at,
+        }
+    }
+}
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Recent {
@@ -43,7 +62,7 @@ impl Recent {
         Some(&self.order.get((sequence - self.first) as usize)?.1)
     }
 
-    /// Remember one more; tells the blocks whose content changed.
+    /// Remember one more; tells the slots whose content changed.
     pub(super) fn remember(
         &mut self,
         id: CommandId,
@@ -51,13 +70,13 @@ impl Recent {
         mut changed: impl FnMut(u32),
     ) {
         let sequence = self.first + self.order.len() as u64;
-        changed(slot(sequence) / BLOCK);
+        changed(slot(sequence));
         self.ids += weight(&outcome);
         self.order.push_back((id, outcome));
         self.sequences.insert(id, sequence);
         while self.order.len() > RECENT_COMMANDS || (self.ids > RECENT_IDS && self.order.len() > 1)
         {
-            changed(slot(self.first) / BLOCK);
+            changed(slot(self.first));
             self.forget_oldest();
         }
     }
@@ -70,12 +89,18 @@ impl Recent {
         }
     }
 
+    /// The block that a slot belongs to.
+    pub(super) fn block(slot: u32) -> u32 {
+        slot / BLOCK
+    }
+
     /// What stands in a block: sequence number, command, outcome, in the order of slots.
     pub(super) fn in_block(&self, block: u32) -> impl Iterator<Item = (u64, CommandId, &Outcome)> {
         (block * BLOCK..(block + 1) * BLOCK).filter_map(|slot| self.at_slot(slot))
     }
 
-    fn at_slot(&self, wanted: u32) -> Option<(u64, CommandId, &Outcome)> {
+    /// What stands in a slot.
+    pub(super) fn at_slot(&self, wanted: u32) -> Option<(u64, CommandId, &Outcome)> {
         let ahead = u64::from(wanted) + RECENT_COMMANDS as u64 - u64::from(slot(self.first));
         let offset = ahead % RECENT_COMMANDS as u64;
         let (id, outcome) = self.order.get(offset as usize)?;
@@ -90,7 +115,7 @@ impl Recent {
     }
 
     /// Occupied slots in ascending order.
-    fn slots(&self) -> impl Iterator<Item = u32> {
+    pub(super) fn slots(&self) -> impl Iterator<Item = u32> {
         let start = slot(self.first);
         let length = self.order.len() as u32;
         let wrapped = (start + length).saturating_sub(RECENT_COMMANDS as u32);
@@ -98,13 +123,11 @@ impl Recent {
     }
 
     /// From stored entries in any order.
-    pub(super) fn rebuild(entries: Vec<(u32, u64, CommandId, Outcome)>) -> Result<Self, String> {
+    pub(super) fn rebuild(entries: Vec<(Place, u64, CommandId, Outcome)>) -> Result<Self, String> {
         let mut sorted = BTreeMap::new();
-        for (block, sequence, id, outcome) in entries {
-            if slot(sequence) / BLOCK != block {
-                return Err(format!(
-                    "remembered command {sequence} stands in block {block}"
-                ));
+        for (place, sequence, id, outcome) in entries {
+            if !place.holds(sequence) {
+                return Err(format!("remembered command {sequence} stands in {place:?}"));
             }
             sorted.insert(sequence, (id, outcome));
         }
@@ -143,9 +166,10 @@ mod tests {
     use super::*;
     use crate::ids::InstanceId;
 
-    fn stored(recent: &Recent) -> Vec<(u32, u64, CommandId, Outcome)> {
+    fn stored(recent: &Recent) -> Vec<(Place, u64, CommandId, Outcome)> {
         let of = |b| {
-            let tagged = move |(n, id, o): (u64, CommandId, &Outcome)| (b, n, id, o.clone());
+            let place = Place::Block(b);
+            let tagged = move |(n, id, o): (u64, CommandId, &Outcome)| (place, n, id, o.clone());
             recent.in_block(b).map(tagged)
         };
         recent.blocks().flat_map(of).collect()
@@ -155,9 +179,9 @@ mod tests {
     fn the_oldest_is_forgotten_and_slots_are_used_again() {
         let mut recent = Recent::default();
         for i in 0..RECENT_COMMANDS as u128 + 3 {
-            let mut blocks = Vec::new();
-            recent.remember(CommandId(i), Outcome::Bound(i as u32), |b| blocks.push(b));
-            assert_eq!(blocks[0], (i % RECENT_COMMANDS as u128) as u32 / BLOCK);
+            let mut slots = Vec::new();
+            recent.remember(CommandId(i), Outcome::Bound(i as u32), |s| slots.push(s));
+            assert_eq!(slots[0], (i % RECENT_COMMANDS as u128) as u32);
         }
         assert_eq!(recent.get(CommandId(2)), None);
         assert_eq!(recent.get(CommandId(3)), Some(&Outcome::Bound(3)));
@@ -182,11 +206,14 @@ mod tests {
     }
 
     #[test]
-    fn gaps_and_wrong_blocks_are_refused() {
-        let e = |block, n, id| (block, n, CommandId(id), Outcome::Done);
+    fn gaps_and_wrong_places_are_refused() {
+        let e = |block, n, id| (Place::Block(block), n, CommandId(id), Outcome::Done);
         assert!(Recent::rebuild(vec![e(0, 0, 1), e(0, 1, 2)]).is_ok());
         assert!(Recent::rebuild(vec![e(0, 0, 1), e(0, 2, 2)]).is_err());
         assert!(Recent::rebuild(vec![e(1, 0, 1)]).is_err());
         assert!(Recent::rebuild(vec![e(0, 0, 1), e(0, 1, 1)]).is_err());
+        let alone = |slot, n: u64| (Place::Slot(slot), n, CommandId(n.into()), Outcome::Done);
+        assert!(Recent::rebuild(vec![alone(1, 1), e(0, 2, 9)]).is_ok());
+        assert!(Recent::rebuild(vec![alone(0, 1)]).is_err());
     }
 }

@@ -3,12 +3,13 @@
 
 use super::index::Index;
 use super::key::Key;
-use super::recent::Recent;
+use super::recent::{Place, Recent};
 use super::record::{
     InstanceRecord, MetaRecord, RecentBlock, RecentRecord, ScriptRecord, TemplateRecord,
 };
 use super::{Change, State};
 use crate::codec::{CodecError, decode, encode};
+use crate::feature::RECENT_BLOCKS;
 use crate::ids::{CommandId, InstanceId, TemplateId};
 use crate::instance::ScriptResult;
 use crate::outcome::Outcome;
@@ -56,9 +57,11 @@ impl State {
         self.left.keys().for_each(|id| give(Key::Left(id.clone())));
         self.nodes.keys().for_each(|id| give(Key::Node(id.clone())));
         instances().for_each(|id| give(Key::Output(id)));
+        // One of the two: what the level does not use has no value.
         self.recent
             .blocks()
-            .for_each(|block| give(Key::Recent(block)));
+            .for_each(|block| give(Key::RecentBlock(block)));
+        self.recent.slots().for_each(|slot| give(Key::Recent(slot)));
         instances().for_each(|id| give(Key::Script(id)));
         self.templates
             .keys()
@@ -85,15 +88,13 @@ impl State {
             Key::Left(id) => self.left.get(id).map(encode),
             Key::Node(id) => self.nodes.get(id).map(encode),
             Key::Output(id) => self.instances.get(id)?.script_result.as_ref().map(encode),
-            Key::Recent(block) => {
-                let record = |(sequence, id, outcome)| RecentRecord {
-                    sequence,
-                    id,
-                    outcome: Cow::Borrowed(outcome),
-                };
-                let records: Vec<_> = self.recent.in_block(*block).map(record).collect();
+            Key::RecentBlock(_) if self.features < RECENT_BLOCKS => None,
+            Key::RecentBlock(block) => {
+                let records: Vec<_> = self.recent.in_block(*block).map(remembered).collect();
                 (!records.is_empty()).then(|| encode(&RecentBlock(records)))
             }
+            Key::Recent(_) if self.features >= RECENT_BLOCKS => None,
+            Key::Recent(slot) => Some(encode(&remembered(self.recent.at_slot(*slot)?))),
             Key::Script(id) => {
                 let script = self.instances.get(id)?.request.script.as_ref()?;
                 Some(encode(&ScriptRecord::of(script)))
@@ -141,12 +142,18 @@ impl State {
                 self.nodes.insert(id, decode(value)?);
             }
             Key::Output(id) => rest.outputs.push((id, decode(value)?)),
-            Key::Recent(block) => {
+            Key::RecentBlock(block) => {
                 let records: RecentBlock<'_> = decode(value)?;
-                rest.recent.extend(records.0.into_iter().map(|r| {
-                    let outcome = r.outcome.into_owned();
-                    (block, r.sequence, r.id, outcome)
-                }));
+                let records = records.0.into_iter();
+                let place = Place::Block(block);
+                rest.recent
+                    .extend(records.map(|r| (place, r.sequence, r.id, r.outcome.into_owned())));
+            }
+            Key::Recent(slot) => {
+                let r: RecentRecord<'_> = decode(value)?;
+                let place = Place::Slot(slot);
+                let outcome = r.outcome.into_owned();
+                rest.recent.push((place, r.sequence, r.id, outcome));
             }
             Key::Script(id) => {
                 let record: ScriptRecord<'_> = decode(value)?;
@@ -200,5 +207,13 @@ struct Rest {
     outputs: Vec<(InstanceId, ScriptResult)>,
     scripts: Vec<(InstanceId, Vec<u8>)>,
     tags: Vec<(TemplateId, Tag)>,
-    recent: Vec<(u32, u64, CommandId, Outcome)>,
+    recent: Vec<(Place, u64, CommandId, Outcome)>,
+}
+
+fn remembered((sequence, id, outcome): (u64, CommandId, &Outcome)) -> RecentRecord<'_> {
+    RecentRecord {
+        sequence,
+        id,
+        outcome: Cow::Borrowed(outcome),
+    }
 }
