@@ -17,7 +17,7 @@ const SENDS_MAX: u32 = 8;
 /// Longest thought between two operations, in ms.
 const THOUGHT_MS: u64 = 12;
 /// Tags are left in each pile, so that it never vanishes.
-const PILE_FLOOR: u32 = 24;
+const PILE_FLOOR: u32 = 12;
 /// Takes at once in a burst, by each client that takes.
 const BURST: usize = 3;
 
@@ -121,7 +121,7 @@ impl Client {
         let mut left: Vec<u32> = field.piles.iter().map(|(_, count)| *count).collect();
         while !self.field.stopping() {
             let pile = self.dice.below(left.len() as u64) as usize;
-            let pause = Duration::from_millis(100 + self.dice.below(300));
+            let pause = Duration::from_millis(300 + self.dice.below(600));
             let at_once = match tokio::time::timeout(pause, burst.changed()).await {
                 Ok(_) => BURST,
                 Err(_) => 1,

@@ -39,7 +39,7 @@ use table::Table;
 const INSTANCES: usize = 3;
 /// Templates that clients take tags from, and tags of each.
 const PILES: usize = 2;
-const PILE_TAGS: u32 = 80;
+const PILE_TAGS: u32 = 48;
 /// Publishing requests under way at once.
 const PUBLISHING: usize = 8;
 /// Violations of one schedule that are printed; all of them are in its history.
@@ -52,6 +52,8 @@ const SCHEDULE_MAX: Duration = Duration::from_secs(240);
 /// What became of one schedule.
 pub(crate) struct Outcome {
     pub(crate) done: Vec<Done>,
+    /// Making and furnishing the cluster.
+    pub(crate) ready: Duration,
     pub(crate) judgement: Judgement,
     pub(crate) healed: Duration,
     pub(crate) judged: Duration,
@@ -121,6 +123,7 @@ async fn schedule(
     let begin = Instant::now();
     let (mut cluster, links) = start(bug).await;
     let field = Arc::new(furnish(&cluster).await);
+    let ready = begin.elapsed();
     let mut clients = clients::start(&field, &mut dice);
     let mut nemesis = Nemesis {
         cluster: &mut cluster,
@@ -156,6 +159,7 @@ async fn schedule(
     let saved = (!judgement.clean()).then(|| save(seed, &history, &cluster));
     Outcome {
         done,
+        ready,
         judgement,
         healed,
         judged,

@@ -21,12 +21,13 @@ pub(super) fn line(outcome: &Outcome) -> String {
         .map(|d| format!("{}-{}", d.terms.0, d.terms.1))
         .collect();
     format!(
-        "{verdict}: {} operations, {} unknown, {} refused, {} objects; terms {}; healed in {:.1} s, judged in {:.2} s; {:.1} s{saved}",
+        "{verdict}: {} operations, {} unknown, {} refused, {} objects; terms {}; ready in {:.1} s, healed in {:.1} s, judged in {:.2} s; {:.1} s{saved}",
         j.operations,
         j.unknown,
         j.refused,
         j.objects,
         terms.join(", "),
+        outcome.ready.as_secs_f64(),
         outcome.healed.as_secs_f64(),
         outcome.judged.as_secs_f64(),
         outcome.took.as_secs_f64(),
