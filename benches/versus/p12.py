@@ -48,9 +48,9 @@ with Lab() as lab, Steal():
     ours.template()
     idle = settled(lab, ours.names), settled(lab, etcd.names)
     print(f"idle: mainstay {idle[0]:.0f} MB, etcd {idle[1]:.0f} MB", flush=True)
-    # Objects are made before the load; one second of it follows on both sides.
-    load(ours, "writes", 16, 1, objects=instances)
-    load(etcd, "writes", 16, 1, objects=instances)
+    # Objects are made before the load; five seconds of it follow on both sides.
+    load(ours, "writes", 16, 5, objects=instances)
+    load(etcd, "writes", 16, 5, objects=instances)
     full = settled(lab, ours.names), settled(lab, etcd.names)
     peak = memory(lab, ours.names, "VmHWM"), memory(lab, etcd.names, "VmHWM")
     print(f"{instances} objects: mainstay {full[0]:.0f} MB (peak {peak[0]:.0f}), "

@@ -3,7 +3,7 @@
 member; the load runs until each member has made some, and each tenth of a second in which a member was at it (by
 its own log) is told from those in which none was. Prints a row for the README.
 
-    benches/versus/p14.py [instances] [seconds] [clients]
+    benches/versus/p14.py [instances] [seconds] [clients] [bytes of a value]
 """
 
 import datetime, os, re, statistics, sys
@@ -12,6 +12,7 @@ from lab import Lab, Mainstay, Steal, load
 instances = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 seconds = int(sys.argv[2]) if len(sys.argv) > 2 else 60
 clients = int(sys.argv[3]) if len(sys.argv) > 3 else 16
+size = int(sys.argv[4]) if len(sys.argv) > 4 else 256
 
 
 def snapshots(lab, names):
@@ -35,7 +36,7 @@ def snapshots(lab, names):
 with Lab() as lab, Steal():
     ours = Mainstay(lab)
     ours.template()
-    row = load(ours, "writes", clients, seconds, objects=instances, timeline=True)
+    row = load(ours, "writes", clients, seconds, objects=instances, value_bytes=size, timeline=True)
     spans = snapshots(lab, ours.names)
 began = row["begin_unix_ms"]
 during, other = [], []
@@ -55,4 +56,4 @@ print(f"{row['done']} writes, {len(spans)} snapshots of {statistics.median(took)
 print("\n| what | Mainstay | yardstick | ratio | how |\n| --- | --- | --- | --- | --- |")
 print(f"| writes while a member makes a snapshot of {instances} instances, {clients} clients (P14) | p99 {p99(during):.1f} ms, longest "
       f"{worst(during):.0f} ms | without: p99 {p99(other):.1f} ms, longest {worst(other):.0f} ms "
-      f"| **{p99(during) / p99(other):.2f}x** | `benches/versus/p14.py {instances} {seconds} {clients}` |")
+      f"| **{p99(during) / p99(other):.2f}x** | `benches/versus/p14.py {instances} {seconds} {clients} {size}` |")
