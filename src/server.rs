@@ -381,19 +381,11 @@ impl Stores {
         Ok(Self {
             log: Arc::new(Wal::open_with(&root.join("log"), log)?),
             engine: Arc::new(SledEngine::open_on(&root.join("state"), disk.clone())?.for_good()),
-            snapshots: verified(SnapshotDir::open_on(&root.join("snapshots"), disk)?)?,
+            snapshots: SnapshotDir::open_on(&root.join("snapshots"), disk)?,
             chunks: ChunkStore::open(&root.join("chunks"))?,
             space,
         })
     }
-}
-
-/// All of the newest snapshot: a member that needs it would meet the damage too late.
-fn verified(snapshots: SnapshotDir) -> mainstay_storage::Result<SnapshotDir> {
-    if let Some((path, _)) = snapshots.current()? {
-        mainstay_storage::snapshot::verify(&path)?;
-    }
-    Ok(snapshots)
 }
 
 impl Member {
