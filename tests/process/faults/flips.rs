@@ -137,11 +137,11 @@ async fn every_flipped_bit_is_refused_or_harmless() {
     let whole = cluster.dir.path().join("whole");
     copy(&data, &whole);
     let right = served(&cluster, 0).await;
-    let kinds = files(&whole);
     eprintln!("| file | what | outcome |\n| --- | --- | --- |");
     let mut refused = 0;
     for flip in 0..flips {
         copy(&whole, &data);
+        let kinds = files(&whole);
         // In turn, so that each kind of file is met, and every third is cut.
         let parts = [
             "log",
@@ -185,6 +185,8 @@ async fn every_flipped_bit_is_refused_or_harmless() {
                 );
                 told.check(&cluster, VICTIM).await;
                 cluster.kill(VICTIM);
+                // What it has acknowledged since must not be taken back by an older copy.
+                copy(&data, &whole);
                 let log = cluster.log("c3");
                 let log = &log[before..];
                 let how = if log.contains("torn write") {
