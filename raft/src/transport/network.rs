@@ -9,7 +9,7 @@ use crate::store::snapshot::{Snapshot, SnapshotData};
 use crate::types::{RpcError, Types, Vote};
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::stream::BoxStream;
+use futures::stream::{BoxStream, FuturesOrdered};
 use futures::{Stream, StreamExt};
 use openraft::errors::{NetworkError, ReplicationClosed, StreamingError, Timeout, Unreachable};
 use openraft::network::{
@@ -21,7 +21,7 @@ use openraft::raft::{
 };
 use openraft::{OptionalSend, RPCTypes, RaftNetworkFactory};
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -262,25 +262,84 @@ impl NetStreamAppend<Types> for Peer {
     {
         let this = &*self;
         let link = this.peers.link(this.id, &this.member, this.lane);
-        let answers = input
-            .map(move |request| {
-                let prev = request.prev_log_id;
-                let last = request.entries.last().map(|e| e.log_id).or(prev);
-                // Started here and not when first polled: the wire keeps the order of the log.
-                let ticket = link.start(kind::APPEND, wire::encode_append(&request));
-                async move {
-                    let bytes = ticket?.wait(APPEND_TIMEOUT).await?;
-                    Ok((bytes, prev, last))
-                }
-            })
-            .buffered(PIPELINE)
-            .map(move |answer| {
-                let (bytes, prev, last) =
-                    answer.map_err(|e| this.error(e, RPCTypes::AppendEntries))?;
+        let send = move |request: AppendEntriesRequest<Types>| {
+            let prev = request.prev_log_id;
+            let last = request.entries.last().map(|e| e.log_id).or(prev);
+            // Started here and not when first polled: the wire keeps the order of the log.
+            let ticket = link.start(kind::APPEND, wire::encode_append(&request));
+            let answer = async move {
+                let bytes = ticket
+                    .map_err(|e| this.error(e, RPCTypes::AppendEntries))?
+                    .wait(APPEND_TIMEOUT)
+                    .await
+                    .map_err(|e| this.error(e, RPCTypes::AppendEntries))?;
                 wire::decode_append_answer(&bytes, prev, last).map_err(|e| Self::undecodable(&e))
-            });
+            };
+            (request.entries.is_empty(), answer)
+        };
+        let answers = pipeline(input, send, |answer| matches!(answer, Ok(Ok(_))));
         Box::pin(async move { Ok(answers.boxed()) })
     }
+}
+
+/// Answers in the order of the requests, of which up to [`PIPELINE`] are outstanding.
+///
+/// The core takes the answer to one request for the answer to every later one that ends at the same
+/// position or before it, and believes that the quorum was asked when the last of them was sent. A
+/// request without entries (`send` says so) ends where earlier ones do, so behind it nothing is sent
+/// until it is answered, and good answers to what came before it are held until then: else a read
+/// could be confirmed by an answer that was given before the read arrived, by a member that has
+/// elected another leader since.
+fn pipeline<'s, R: 's, A, F>(
+    input: impl Stream<Item = R> + Unpin + Send + 's,
+    send: impl FnMut(R) -> (bool, F) + Send + 's,
+    good: impl Fn(&A) -> bool + Send + 's,
+) -> impl Stream<Item = A> + Send + 's
+where
+    A: Send + 's,
+    F: Future<Output = A> + Send + 's,
+{
+    struct Line<I, S, G, A, F: Future> {
+        input: futures::stream::Fuse<I>,
+        send: S,
+        good: G,
+        outstanding: FuturesOrdered<F>,
+        /// The newest outstanding request carries no entries.
+        gated: bool,
+        held: VecDeque<A>,
+    }
+    let line = Line {
+        input: input.fuse(),
+        send,
+        good,
+        outstanding: FuturesOrdered::new(),
+        gated: false,
+        held: VecDeque::new(),
+    };
+    futures::stream::unfold(line, async |mut line| {
+        loop {
+            if line.outstanding.is_empty() {
+                line.gated = false;
+            }
+            let waits = line.gated && line.held.iter().all(&line.good);
+            if !waits && let Some(answer) = line.held.pop_front() {
+                return Some((answer, line));
+            }
+            let more = !line.gated && line.outstanding.len() < PIPELINE;
+            tokio::select! {
+                biased;
+                Some(answer) = line.outstanding.next(), if !line.outstanding.is_empty() => {
+                    line.held.push_back(answer);
+                }
+                Some(request) = line.input.next(), if more => {
+                    let (empty, answer) = (line.send)(request);
+                    line.outstanding.push_back(answer);
+                    line.gated = empty;
+                }
+                else => return None,
+            }
+        }
+    })
 }
 
 impl NetVote<Types> for Peer {
