@@ -74,7 +74,7 @@ impl mainstay_raft::Machine for ModelMachine {
 }
 
 /// A member that does not know what the others do would hold another state than they.
-fn supported(state: &State) -> Result<(), Fault> {
+pub(crate) fn supported(state: &State) -> Result<(), Fault> {
     if state.features <= SUPPORTED {
         return Ok(());
     }

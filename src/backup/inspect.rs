@@ -2,6 +2,7 @@
 //! it as the state machine's own tests do. Changes nothing.
 
 use super::{Header, SavedMember};
+use crate::machine::supported;
 use anyhow::{Context as _, anyhow, bail};
 use mainstay_model::{State, invariants};
 use mainstay_storage::UntilError;
@@ -104,6 +105,7 @@ fn read_state(reader: &mut SnapshotReader) -> anyhow::Result<State> {
     let state = State::import(&mut entries);
     entries.outcome()?;
     let state = state?;
+    supported(&state)?;
     if reader.info().entries == 0 {
         // Nothing was ever written: not even what an empty state is written as.
         return Ok(state);

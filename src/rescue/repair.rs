@@ -238,16 +238,16 @@ fn old_identity(owner: &Owner, living: &Living) -> anyhow::Result<Option<String>
     let own = owner.id.map(|id| MemberId(id).to_string());
     let named = living.members.iter().find(|m| m.name == owner.name);
     match (own, named) {
-        (Some(own), _) if living.members.iter().any(|m| m.id == own) => Ok(Some(own)),
-        (Some(_), Some(other)) => bail!(
+        (Some(own), Some(other)) if other.id != own => bail!(
             "member {} is in the cluster under another identity, {}: it runs elsewhere, or was replaced already; \
              start it with an empty data directory if it shall be this one",
             owner.name,
             other.id
         ),
+        // Asked for even if the member that we asked does not list it: that one may be behind.
+        (Some(own), _) => Ok(Some(own)),
         // The identity cannot be read; whoever runs under the name is found alive by the others.
-        (None, Some(named)) => Ok(Some(named.id.clone())),
-        (_, None) => Ok(None),
+        (None, named) => Ok(named.map(|m| m.id.clone())),
     }
 }
 

@@ -211,3 +211,98 @@ impl Drop for Partial {
 
 // Frames of this module fit: checked where they are built.
 const _: () = assert!(PORTION < super::frame::PAYLOAD_MAX);
+
+#[cfg(test)]
+mod tests {
+    use super::super::frame::Frames;
+    use super::*;
+    use crate::codec::VoteV1;
+    use crate::transport::PeerStream;
+    use tokio_util::codec::Framed;
+
+    const LEN: usize = 2 << 20;
+    const PIECE: usize = 16 << 10;
+    const PIECE_TAKES: Duration = Duration::from_millis(500);
+
+    fn greeted(stream: impl PeerStream) -> Greeted {
+        Framed::new(Box::new(stream), Frames)
+    }
+
+    /// Two ends of a line that takes everything at once and lets it out at 32 KB/s, up to `passes` bytes.
+    fn line(passes: usize) -> (Greeted, Greeted) {
+        let (near, mut near_relay) = tokio::io::duplex(2 * LEN);
+        let (far, mut far_relay) = tokio::io::duplex(PIECE);
+        tokio::spawn(async move {
+            let (mut forth, mut piece) = (0, vec![0; PIECE]);
+            let mut back = vec![0; PIECE];
+            loop {
+                tokio::select! {
+                    n = near_relay.read(&mut piece), if forth < passes => {
+                        let n = n.unwrap_or(0);
+                        tokio::time::sleep(PIECE_TAKES).await;
+                        if n == 0 || far_relay.write_all(&piece[..n]).await.is_err() {
+                            return;
+                        }
+                        forth += n;
+                    }
+                    n = far_relay.read(&mut back) => {
+                        let n = n.unwrap_or(0);
+                        if n == 0 || near_relay.write_all(&back[..n]).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            }
+        });
+        (greeted(near), greeted(far))
+    }
+
+    fn announced() -> SnapshotBegin {
+        SnapshotBegin {
+            vote: VoteV1 {
+                term: 1,
+                member: 1,
+                committed: true,
+            },
+            name: "s".into(),
+            bytes: LEN as u64,
+        }
+    }
+
+    /// Send a file over a line; what both ends say, and how long it took.
+    async fn pass(passes: usize) -> (io::Result<Bytes>, io::Result<Vec<u8>>, Duration) {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        let content: Vec<u8> = (0..LEN).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&from, &content).unwrap();
+        let (near, mut far) = line(passes);
+        let began = Instant::now();
+        let receiving = async {
+            let begin = begin(&mut far).await?;
+            receive(&mut far, begin.bytes, &to).await?;
+            conclude(&mut far, async { Ok(Bytes::from("taken")) }).await?;
+            std::fs::read(&to)
+        };
+        let announced = announced();
+        let file = std::fs::File::open(&from).unwrap();
+        let (sent, received) = tokio::join!(send(near, &announced, file), receiving);
+        (sent, received, began.elapsed())
+    }
+
+    /// The sender is done in a moment and then hears nothing of its own for a minute.
+    #[tokio::test(start_paused = true)]
+    async fn buffers_that_take_a_minute_to_drain_are_no_stall() {
+        let (sent, received, took) = pass(usize::MAX).await;
+        assert_eq!(sent.unwrap(), "taken");
+        assert_eq!(received.unwrap().len(), LEN);
+        assert!(took > 2 * IDLE_MAX, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_does_not_move_is_given_up_by_both() {
+        let (sent, received, took) = pass(LEN / 4).await;
+        assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(received.is_err());
+        assert!(took < 4 * IDLE_MAX, "{took:?}");
+    }
+}
