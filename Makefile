@@ -30,6 +30,7 @@ torture:
 	MAINSTAY_CHURN=20000 cargo test -p mainstay-storage --test conformance churn -- --nocapture
 	MAINSTAY_THIN_LINE_MB=50 cargo test --test process thin_line -- --nocapture
 	MAINSTAY_STOP_ROUNDS=10 cargo test --test process clean_stop -- --nocapture
+	MAINSTAY_GROW_ROUNDS=10 cargo test --test process one_grows -- --nocapture
 	MAINSTAY_LEADER_KILLS=100 MAINSTAY_LEADER_STOPS=30 cargo test --test process leader_kills -- --nocapture
 	MAINSTAY_SCHEDULES=200 cargo test --test process histories_under_faults -- --nocapture
 	cargo test --features seeded-bugs --test process seeded -- --nocapture

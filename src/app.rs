@@ -2,9 +2,10 @@
 
 use crate::stamp;
 use bytes::Bytes;
-use mainstay_model::{Command, CommandId, Envelope, Outcome, Refusal, State, codec};
+use mainstay_model::{Command, CommandId, Envelope, MemberId, Outcome, Refusal, State, codec};
 use mainstay_raft::{Group, GroupError};
 use parking_lot::{RwLock, RwLockReadGuard};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -80,6 +81,20 @@ impl App {
         // Also the oldest state must be one that the members agreed on.
         self.group.check_agreement()?;
         Ok(self.state.read())
+    }
+
+    /// Identities of members that were taken out for good, as far as this member has applied; none
+    /// from a state that the other members do not share.
+    pub fn retired(&self) -> BTreeSet<MemberId> {
+        if self.group.check_agreement().is_err() {
+            return BTreeSet::new();
+        }
+        self.state.read().retired.keys().copied().collect()
+    }
+
+    /// May commands of this feature level be submitted?
+    pub fn supports(&self, level: u32) -> bool {
+        self.state.read().features >= level
     }
 
     /// This member's group handle.

@@ -70,6 +70,14 @@ pub struct ServerArgs {
     /// All members, the same list on each: NAME=http://HOST:PORT,... (their peer ports)
     #[arg(long, env = "MAINSTAY_INITIAL_CLUSTER")]
     pub initial_cluster: Option<String>,
+    /// Peer addresses of members of a running cluster that this one shall join:
+    /// http://HOST:PORT,... ; used until it has joined. Instead of --initial-cluster
+    #[arg(long, env = "MAINSTAY_JOIN", value_name = "URL[,URL...]")]
+    pub join: Option<String>,
+    /// Join as a learner and stay one: holds a copy of everything, has no vote [default: false]
+    #[arg(long, env = "MAINSTAY_LEARNER", num_args = 0..=1, require_equals = true,
+        default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
+    pub learner: Option<bool>,
     /// Address of the REST API and the web page [default: 0.0.0.0:8090]
     #[arg(long, env = "MAINSTAY_LISTEN")]
     pub listen: Option<String>,
@@ -85,7 +93,8 @@ pub struct ServerArgs {
     /// File that holds the shared secret
     #[arg(long, env = "MAINSTAY_CLUSTER_TOKEN_FILE")]
     pub cluster_token_file: Option<PathBuf>,
-    /// Host that clients and nodes are told [default: the host of this member's list entry]
+    /// Host that clients, nodes and (without a list) members are told [default: the host of this
+    /// member's list entry, or of --peer-listen]
     #[arg(long, env = "MAINSTAY_ADVERTISE_HOST")]
     pub advertise_host: Option<String>,
     /// A node that is silent for so long gets no new instances; the same on each member [default: 20000]
@@ -144,8 +153,12 @@ pub struct Config {
     pub name: String,
     /// Its directory.
     pub data_dir: PathBuf,
-    /// All members, in name order.
+    /// Those that found the cluster, in name order; with `join`, this member alone.
     pub list: Vec<Entry>,
+    /// Peer addresses of a running cluster that this member joins; empty for one of the list.
+    pub join: Vec<String>,
+    /// It does not want a vote.
+    pub learner: bool,
     /// REST API.
     pub listen: SocketAddr,
     /// Registry.
@@ -186,10 +199,20 @@ impl ServerArgs {
             None => host_name()?,
         };
         check_name(&name)?;
+        let join = args.join.as_deref().map_or(Ok(Vec::new()), parse_join)?;
         let list = match &args.initial_cluster {
+            Some(_) if args.join.is_some() => {
+                return wrong(
+                    "give --initial-cluster or --join, not both: --initial-cluster is for the members that found a cluster, --join for one that comes to a cluster which runs",
+                );
+            }
             Some(text) => parse_list(text)?,
-            None => alone(&name, args.peer_listen.as_deref())?,
+            None => args.alone(&name)?,
         };
+        let learner = args.learner.unwrap_or(false);
+        if learner && join.is_empty() {
+            return wrong("--learner goes with --join: those that found a cluster have to vote");
+        }
         let Some(own) = list.iter().find(|entry| entry.name == name) else {
             let names: Vec<_> = list.iter().map(|entry| entry.name.as_str()).collect();
             return wrong(format!(
@@ -228,7 +251,35 @@ impl ServerArgs {
             name,
             data_dir,
             list,
+            join,
+            learner,
         })
+    }
+
+    /// The entry of a member that is given no list: where others reach it.
+    fn alone(&self, name: &str) -> Result<Vec<Entry>, ConfigError> {
+        let at = address("--peer-listen", self.peer_listen.as_deref(), PEER_PORT)?;
+        let host = match &self.advertise_host {
+            Some(host) => host.clone(),
+            None if !at.ip().is_unspecified() => at.ip().to_string(),
+            None if self.join.is_some() => {
+                return wrong(format!(
+                    "--join: the members must know where to reach this one: give --advertise-host HOST, or an address of this machine in --peer-listen, e.g. --peer-listen 10.0.1.7:{PEER_PORT}"
+                ));
+            }
+            None => "127.0.0.1".to_owned(),
+        };
+        let host = if host.contains(':') && !host.starts_with('[') {
+            format!("[{host}]")
+        } else {
+            host
+        };
+        let (host, port) = split_url(&format!("http://{host}:{}", at.port()))
+            .map_err(|_| ConfigError(format!("--advertise-host \"{host}\" is not a host name")))?;
+        Ok(vec![Entry {
+            name: name.to_owned(),
+            url: format!("http://{host}:{port}"),
+        }])
     }
 
     fn over(self, file: Self) -> Self {
@@ -239,10 +290,19 @@ impl ServerArgs {
         } else {
             (file.cluster_token, file.cluster_token_file)
         };
+        // The same for the two ways into a cluster.
+        let own_way = self.initial_cluster.is_some() || self.join.is_some();
+        let (initial_cluster, join) = if own_way {
+            (self.initial_cluster, self.join)
+        } else {
+            (file.initial_cluster, file.join)
+        };
         Self {
             name: self.name.or(file.name),
             data_dir: self.data_dir.or(file.data_dir),
-            initial_cluster: self.initial_cluster.or(file.initial_cluster),
+            initial_cluster,
+            join,
+            learner: self.learner.or(file.learner),
             listen: self.listen.or(file.listen),
             registry_listen: self.registry_listen.or(file.registry_listen),
             peer_listen: self.peer_listen.or(file.peer_listen),
@@ -381,23 +441,22 @@ pub fn check_name(name: &str) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// A list of one, for a member that is given none.
-fn alone(name: &str, peer_listen: Option<&str>) -> Result<Vec<Entry>, ConfigError> {
-    let at = address("--peer-listen", peer_listen, PEER_PORT)?;
-    let host = if at.ip().is_unspecified() {
-        "127.0.0.1".to_owned()
-    } else {
-        at.ip().to_string()
-    };
-    let url = if host.contains(':') {
-        format!("http://[{host}]:{}", at.port())
-    } else {
-        format!("http://{host}:{}", at.port())
-    };
-    Ok(vec![Entry {
-        name: name.to_owned(),
-        url,
-    }])
+/// Parse `URL,URL,...`, each a member's peer port.
+fn parse_join(text: &str) -> Result<Vec<String>, ConfigError> {
+    let mut urls = Vec::new();
+    for part in text.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+        let (host, port) = split_url(part).map_err(|e| ConfigError(format!("--join: {e}")))?;
+        let url = format!("http://{host}:{port}");
+        if !urls.contains(&url) {
+            urls.push(url);
+        }
+    }
+    if urls.is_empty() {
+        return wrong(format!(
+            "--join is empty: name the peer ports of members that run, e.g. --join http://10.0.1.4:{PEER_PORT}"
+        ));
+    }
+    Ok(urls)
 }
 
 /// Parse `NAME=URL,NAME=URL,...`.
@@ -476,6 +535,20 @@ fn duration(flag: &str, text: &str) -> Result<Duration, ConfigError> {
     }
 }
 
+/// `http://host:port` of a URL, or of `host:port`, with this port when it names none.
+pub fn plain_url(text: &str, port: u16) -> Result<String, ConfigError> {
+    let text = text.trim();
+    let full = if text.contains("://") {
+        text.to_owned()
+    } else {
+        format!("http://{text}")
+    };
+    let named = full.parse::<http::Uri>().ok().and_then(|u| u.port_u16());
+    let (host, _) = split_url(&full)
+        .map_err(|_| ConfigError(format!("\"{text}\" is no address: write http://HOST:PORT")))?;
+    Ok(format!("http://{host}:{}", named.unwrap_or(port)))
+}
+
 fn address(flag: &str, text: Option<&str>, port: u16) -> Result<SocketAddr, ConfigError> {
     let Some(text) = text else {
         return Ok(SocketAddr::from(([0, 0, 0, 0], port)));
@@ -493,145 +566,4 @@ fn address(flag: &str, text: Option<&str>, port: u16) -> Result<SocketAddr, Conf
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn args(list: &str) -> ServerArgs {
-        ServerArgs {
-            name: Some("c1".to_owned()),
-            data_dir: Some("/d".into()),
-            initial_cluster: Some(list.to_owned()),
-            ..ServerArgs::default()
-        }
-    }
-
-    #[test]
-    fn addresses_come_from_the_own_entry() {
-        let config = args("c2=http://10.0.0.2:9000,c1=http://10.0.0.1:9001/")
-            .resolve()
-            .unwrap();
-        assert_eq!(config.peer_listen.to_string(), "0.0.0.0:9001");
-        assert_eq!(
-            config.list[0],
-            Entry {
-                name: "c1".into(),
-                url: "http://10.0.0.1:9001".into()
-            }
-        );
-        let member = config.member(8090, 8089);
-        assert_eq!(member.api_url, "http://10.0.0.1:8090");
-        assert_eq!(member.registry_url, "http://10.0.0.1:8089");
-        let mut other = args("c1=http://10.0.0.1");
-        other.advertise_host = Some("cloud.example".into());
-        let config = other.resolve().unwrap();
-        assert_eq!(config.own().url, "http://10.0.0.1:8091");
-        assert_eq!(config.member(1, 2).api_url, "http://cloud.example:1");
-    }
-
-    #[test]
-    fn a_member_without_a_list_is_alone() {
-        let mut one = args("");
-        one.initial_cluster = None;
-        one.peer_listen = Some("127.0.0.1:7000".into());
-        let config = one.resolve().unwrap();
-        assert_eq!(
-            config.list,
-            vec![Entry {
-                name: "c1".into(),
-                url: "http://127.0.0.1:7000".into()
-            }]
-        );
-    }
-
-    #[test]
-    fn mistakes_are_sentences() {
-        let text = |list: &str| args(list).resolve().unwrap_err().0;
-        assert!(text("c2=http://h:1").contains("not this member, \"c1\""));
-        assert!(text("c1").contains("NAME=http://HOST:PORT"));
-        assert!(text("c1=https://h:1").contains("http://HOST:PORT"));
-        assert!(text("c1=http://h:1,c1=http://h:2").contains("twice"));
-        assert!(text("c1=http://h:1,c2=http://h:1").contains("twice"));
-        assert!(text(",").contains("empty"));
-        assert!(text("c 1=http://h:1").contains("letters"));
-        let mut bad = args("c1=http://h:1");
-        bad.listen = Some("nowhere:x".into());
-        assert!(bad.resolve().unwrap_err().0.contains("--listen"));
-        let times = |unreachable, lease| {
-            let mut args = args("c1=http://h:1");
-            (args.node_unreachable_ms, args.node_lease_ms) = (unreachable, lease);
-            args.resolve().map(|c| (c.node_unreachable, c.node_lease))
-        };
-        let default = (Duration::from_secs(20), Duration::from_secs(120));
-        assert_eq!(times(None, None), Ok(default));
-        assert!(times(Some(100), None).unwrap_err().0.contains("too short"));
-        assert!(
-            times(None, Some(20_000))
-                .unwrap_err()
-                .0
-                .contains("more than")
-        );
-    }
-
-    #[test]
-    fn a_schedule_needs_a_place_and_a_sane_pause() {
-        let schedule = |dir: Option<&str>, every: Option<&str>, keep| {
-            let mut args = args("c1=http://h:1");
-            args.snapshot_dir = dir.map(PathBuf::from);
-            args.snapshot_every = every.map(str::to_owned);
-            args.snapshot_keep = keep;
-            args.resolve().map(|c| c.snapshots).map_err(|e| e.0)
-        };
-        assert_eq!(schedule(None, None, None), Ok(None));
-        let of = |s, keep| Schedule {
-            dir: "/s".into(),
-            every: Duration::from_secs(s),
-            keep,
-        };
-        assert_eq!(schedule(Some("/s"), None, None), Ok(Some(of(3600, 24))));
-        assert_eq!(
-            schedule(Some("/s"), Some("15m"), Some(2)),
-            Ok(Some(of(900, 2)))
-        );
-        for bad in ["", "s", "15", "0s", "-1h", "1w", "é"] {
-            let error = schedule(Some("/s"), Some(bad), None).unwrap_err();
-            assert!(error.contains("not a duration"), "{bad}: {error}");
-        }
-        assert!(schedule(Some("/s"), None, Some(0)).is_err());
-        assert!(schedule(None, Some("1h"), None).is_err());
-    }
-
-    #[test]
-    fn flags_win_over_the_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("m.toml");
-        std::fs::write(
-            &path,
-            "name = \"c9\"\ndata_dir = \"/x\"\nlisten = \"127.0.0.1:1\"\ncluster_token = \"t\"\n",
-        )
-        .unwrap();
-        let mut from_file = args("c1=http://h:1");
-        from_file.config = Some(path.clone());
-        let config = from_file.clone().resolve().unwrap();
-        assert_eq!((config.name.as_str(), config.token.as_str()), ("c1", "t"));
-        assert_eq!(config.listen.port(), 1);
-        std::fs::write(&path, "lissten = 1\n").unwrap();
-        assert!(from_file.resolve().unwrap_err().0.contains("lissten"));
-    }
-
-    #[test]
-    fn a_switch_needs_no_value() {
-        #[derive(clap::Parser)]
-        struct Line {
-            #[command(flatten)]
-            args: ServerArgs,
-        }
-        let cors = |flags: &[&str]| {
-            let words = [&["server"], flags].concat();
-            let line = <Line as clap::Parser>::try_parse_from(words).unwrap();
-            line.args.allow_cors
-        };
-        assert_eq!(cors(&[]), None);
-        assert_eq!(cors(&["--allow-cors", "--name", "c1"]), Some(true));
-        assert_eq!(cors(&["--allow-cors=no"]), Some(false));
-    }
-}
+mod tests;

@@ -6,16 +6,18 @@
 //!   -> routers behind the ports -> ... SIGTERM: hand over the lead, finish requests, checkpoint, exit 0
 //!                                      (in this order: a request in flight needs the group)
 //!                                  ... the group stops by itself: exit 1 with the reason
+//!                                  ... this identity was taken out of the cluster: group stopped, ports
+//!                                      say so until SIGTERM; at the next start from the beginning
 //! ```
 
 use crate::app::App;
 use crate::backup::{export::Saver, schedule};
 use crate::config::Config;
-use crate::founding::{self, Ledger};
+use crate::founding::{self, Ledger, Parted};
 use crate::http::{About, ApiState};
 use crate::listen::{self, Door};
 use crate::machine::ModelMachine;
-use crate::peer::{self, MemberHttp, Notices, PeerClient, PeerDialer, PeerPort};
+use crate::peer::{self, MemberHttp, Notices, PeerClient, PeerDialer, PeerPort, Standing};
 use crate::registry::{self, RegistryService};
 use crate::rescue::known;
 use crate::space::Space;
@@ -64,13 +66,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let ports = Ports::bind(&config).await?;
     let port = open(config, &ports)?;
     let (doors, open) = Doors::open(ports, &port, connections);
+    if let Some(sentence) = port.ledger.removed() {
+        port.notices.set("removed", Some(sentence));
+        doors.peer.set(removed(&port));
+        stop.wanted().await;
+        return Ok(());
+    }
     let cluster_id = tokio::select! {
         founded = founding::found(&port) => founded?,
         () = stop.wanted() => return Ok(()),
     };
     let member = Box::pin(Member::start(&port, &cluster_id)).await?;
     let guard = tokio::spawn(guard(
-        doors,
+        doors.clone(),
         Arc::clone(&port),
         member.routers(&port, &open),
     ));
@@ -85,7 +93,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         stayed = &mut staying => match stayed {
             Ok(Err(e)) => Err(e.into()),
             Err(e) => Err(e.into()),
-            Ok(Ok(())) => Err(anyhow!("this member stopped: {}", fault(&member.group).await)),
+            Ok(Ok(Parted::Stopped)) => {
+                Err(anyhow!("this member stopped: {}", fault(&member.group).await))
+            }
+            Ok(Ok(Parted::Removed(_))) => {
+                guard.abort();
+                member.part(&doors, &port).await;
+                stop.wanted().await;
+                return Ok(());
+            }
         },
     };
     staying.abort();
@@ -170,7 +186,8 @@ fn open(config: Config, ports: &Ports) -> anyhow::Result<Arc<PeerPort>> {
             identity.name
         );
     }
-    if config.token.is_empty() && config.list.len() > 1 && !config.peer_listen.ip().is_loopback() {
+    let alone = config.list.len() == 1 && config.join.is_empty();
+    if config.token.is_empty() && !alone && !config.peer_listen.ip().is_loopback() {
         tracing::warn!(
             "no --cluster-token: whoever reaches {} can act as a member",
             config.peer_listen
@@ -185,7 +202,10 @@ fn open(config: Config, ports: &Ports) -> anyhow::Result<Arc<PeerPort>> {
         http,
         group: OnceLock::new(),
         learnt: Notify::new(),
-        outnumbered: watch::channel(None).0,
+        book: Arc::default(),
+        app: OnceLock::new(),
+        look: Notify::new(),
+        standing: watch::channel(None).0,
         notices: Notices::default(),
     }))
 }
@@ -229,6 +249,7 @@ struct Open {
 }
 
 /// What stands behind the ports.
+#[derive(Clone)]
 struct Doors {
     api: Door,
     registry: Door,
@@ -252,6 +273,11 @@ impl Doors {
         open.peers.serve(ports.peer, &doors.peer, true);
         (doors, open)
     }
+
+    fn close_to_clients(&self, port: &Arc<PeerPort>) {
+        self.api.set(not_ready(port));
+        self.registry.set(not_ready(port));
+    }
 }
 
 /// What each port answers once this member is in a cluster.
@@ -261,31 +287,38 @@ struct Routers {
     peer: Router,
 }
 
-/// Put the routers behind the ports, and take them away from clients while the members around us are
-/// another cluster's.
+/// Put the routers behind the ports, and take them away from clients while this member is not let in,
+/// or the members around it are another cluster's.
 async fn guard(doors: Doors, port: Arc<PeerPort>, routers: Routers) {
     doors.peer.set(routers.peer);
-    let mut outnumbered = port.outnumbered.subscribe();
+    let mut standing = port.standing.subscribe();
     loop {
-        let now = *outnumbered.borrow_and_update();
+        let now = *standing.borrow_and_update();
         match now {
             None => {}
-            Some(true) => {
-                tracing::error!(
-                    "most members of the list are in another cluster: clients are not served"
-                );
-                doors.api.set(not_ready(&port));
-                doors.registry.set(not_ready(&port));
-            }
-            Some(false) => {
+            Some(Standing::Member) => {
                 doors.api.set(routers.api.clone());
                 doors.registry.set(routers.registry.clone());
             }
+            Some(Standing::Waiting) => doors.close_to_clients(&port),
+            Some(Standing::Outnumbered) => {
+                tracing::error!(
+                    "most members of the list are in another cluster: clients are not served"
+                );
+                doors.close_to_clients(&port);
+            }
         }
-        if outnumbered.changed().await.is_err() {
+        if standing.changed().await.is_err() {
             return;
         }
     }
+}
+
+/// Answers other members once this identity was taken out.
+fn removed(port: &PeerPort) -> Router {
+    let message = port.ledger.removed().unwrap_or_default();
+    let body = serde_json::json!({ "message": message });
+    Router::new().fallback(async move || (StatusCode::SERVICE_UNAVAILABLE, axum::Json(body)))
 }
 
 /// Answers while this member is not part of a cluster.
@@ -407,12 +440,18 @@ impl Member {
             stores.engine,
             stores.snapshots,
             Arc::new(ModelMachine::new(Arc::clone(&state))),
-            Arc::new(PeerDialer::new(&port.config.token, cluster_id, id)),
+            Arc::new(PeerDialer::new(
+                &port.config.token,
+                cluster_id,
+                id,
+                Arc::clone(&port.book),
+            )),
         ));
         let group = consensus.run(started).await??;
         // Only one start per process: nobody has set it before.
         port.group.set(group.clone()).ok();
         let app = App::new(group.clone(), state);
+        port.app.set(app.clone()).ok();
         let chunks = stores.chunks.clone();
         let space = stores.space;
         let about = About {
@@ -474,7 +513,7 @@ impl Member {
                 ..reconcile::ReconcileConfig::new(unreachable, lease)
             },
         );
-        let api = ApiState::new(app, liveness, about);
+        let api = ApiState::new(app, liveness, about).with_peers(port.http.for_cluster(cluster_id));
         Ok(Self {
             group,
             _consensus: consensus,
@@ -497,6 +536,17 @@ impl Member {
             registry: registry::registry_router(Arc::clone(&self.registry)),
             peer: peer::router(port, between_members),
         }
+    }
+
+    /// This identity was taken out: serve nobody, and let the others alone. Its streams to agents end, so
+    /// that they turn to the members that are left; its data stay where they are.
+    async fn part(self, doors: &Doors, port: &Arc<PeerPort>) {
+        doors.close_to_clients(port);
+        doors.peer.set(removed(port));
+        self.reconcilers.abort();
+        self.group.shutdown().await;
+        drop(self);
+        tracing::error!("this member is not part of its cluster any more; it serves nobody");
     }
 
     /// Hand over the lead while everything still works, finish requests, checkpoint.

@@ -178,6 +178,16 @@ pub enum Command {
         /// See [`crate::feature`].
         level: u32,
     },
+    /// An operator takes a controller out for good: its copies count no more, and its identity is
+    /// never let in again. The group's membership itself changes beside the state. Idempotent.
+    RetireMember {
+        /// Which identity.
+        id: MemberId,
+        /// Its name, for those who look later.
+        name: String,
+        /// The voters without it: a tag that waits for more copies than these can hold waits no longer.
+        voters: BTreeSet<MemberId>,
+    },
 }
 
 /// One placement decision.

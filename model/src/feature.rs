@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | 0 | what the first release had |
 //! | 1 | `SetFeatures` itself: a cluster that remembers its level |
+//! | 2 | `RetireMember`: a cluster that remembers whom it let go |
 //! | 3 | remembered commands are stored sixteen to a key |
 
 use crate::command::Command;
@@ -14,12 +15,17 @@ use crate::command::Command;
 pub const SUPPORTED: u32 = 3;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
+/// At which `RetireMember` may be logged.
+pub const RETIRE_MEMBER: u32 = 2;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it
     /// has asked every member.
     pub fn needs(&self) -> u32 {
-        0
+        match self {
+            Self::RetireMember { .. } => RETIRE_MEMBER,
+            _ => 0,
+        }
     }
 }
 

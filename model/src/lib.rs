@@ -16,6 +16,7 @@ pub mod ids;
 pub mod instance;
 pub mod invariants;
 pub mod limits;
+pub mod member;
 pub mod node;
 pub mod outcome;
 pub mod plan;

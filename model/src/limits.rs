@@ -44,6 +44,8 @@ pub const TEMPLATES: usize = 100_000;
 pub const TAGS: usize = 10_000;
 /// Members recorded as holders of one tag, members that are gone included.
 pub const HOLDERS: usize = 64;
+/// Members that were taken out and are remembered; the oldest is forgotten.
+pub const RETIRED: usize = 1_024;
 /// Rejections remembered for one instance.
 pub const REJECTIONS: usize = 16;
 /// Newest commands whose outcome is remembered, so that a retry is not applied twice. Twice

@@ -24,6 +24,14 @@ pub struct MemberRow {
     pub registry_url: String,
     /// Members among themselves.
     pub peer_url: String,
+    /// Last log index known to be on its disk; the leader knows.
+    pub matched: Option<u64>,
+    /// How many entries it lacks of the leader's log.
+    pub lag: Option<u64>,
+    /// It answers: the leader, or, when there is none, us.
+    pub answers: Option<bool>,
+    /// Its removal is recorded and waits.
+    pub leaving: bool,
 }
 
 /// A member's own row.
@@ -104,6 +112,31 @@ pub async fn members(endpoints: &[String]) -> Result<Vec<MemberRow>, ClientError
     } else {
         Err(ClientError::Unreachable(tried))
     }
+}
+
+/// The same as the leader sees them. Without a leader that answers, each is asked whether it does.
+pub async fn members_seen_by_leader(endpoints: &[String]) -> Result<Vec<MemberRow>, ClientError> {
+    let mut known = members(endpoints).await?;
+    if let Some(leader) = known.iter().find(|m| m.is_leader) {
+        let client = ApiClient::new(std::slice::from_ref(&leader.api_url))?;
+        let path = "/api/v1/members";
+        let asked = client
+            .get_from::<Vec<MemberRow>>(&leader.api_url, path)
+            .await;
+        if let Ok(seen) = asked
+            && seen.iter().any(|m| m.answers.is_some())
+        {
+            return Ok(seen);
+        }
+    }
+    let asked = known.iter().map(|m| row(&m.api_url, m.clone()));
+    for (member, row) in known.clone().iter().zip(join_all(asked).await) {
+        let answers = row.id == member.id && !row.version.is_empty();
+        if let Some(member) = known.iter_mut().find(|m| m.id == member.id) {
+            member.answers = Some(answers);
+        }
+    }
+    Ok(known)
 }
 
 async fn row(url: &str, member: MemberRow) -> StatusRow {

@@ -2,6 +2,7 @@
 //! answered. Knows the data directory, not the network.
 
 use super::paxos::{Acceptor, Ballot, Charter, Reply, Request};
+use mainstay_raft::Member;
 use mainstay_storage::StorageError;
 use mainstay_storage::datadir::{DataDir, Identity};
 use parking_lot::Mutex;
@@ -16,6 +17,14 @@ struct Memory {
     /// This member has been a voter of its cluster. From then on it never asks to join by itself:
     /// an operator may have removed it.
     joined: bool,
+    /// The addresses under which it was last known to the group by its own word. When the group says
+    /// otherwise while these are still what the flags say, an operator changed them there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    announced: Option<Member>,
+    /// The sentence with which its cluster told it that it was removed. Final: it takes part in
+    /// nothing any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    removed: Option<String>,
 }
 
 /// Version of [`Memory`].
@@ -27,6 +36,8 @@ impl Default for Memory {
             version: VERSION,
             acceptor: Acceptor::default(),
             joined: false,
+            announced: None,
+            removed: None,
         }
     }
 }
@@ -104,6 +115,16 @@ impl Ledger {
         self.inner.lock().1.joined
     }
 
+    /// The addresses that it last announced itself.
+    pub fn announced(&self) -> Option<Member> {
+        self.inner.lock().1.announced.clone()
+    }
+
+    /// What it was told when it was removed from its cluster.
+    pub fn removed(&self) -> Option<String> {
+        self.inner.lock().1.removed.clone()
+    }
+
     /// The highest ballot it promised.
     pub fn promised(&self) -> Ballot {
         self.inner.lock().1.acceptor.promised
@@ -138,6 +159,16 @@ impl Ledger {
         self.change(|_, memory| memory.joined = true)
     }
 
+    /// The group knows this member under the addresses that its flags say.
+    pub fn set_announced(&self, member: &Member) -> Result<(), LedgerError> {
+        self.change(|_, memory| memory.announced = Some(member.clone()))
+    }
+
+    /// This identity was removed from its cluster: durable, so that no restart forgets it.
+    pub fn set_removed(&self, sentence: &str) -> Result<(), LedgerError> {
+        self.change(|_, memory| memory.removed = Some(sentence.to_owned()))
+    }
+
     fn change<T>(
         &self,
         act: impl FnOnce(&mut Identity, &mut Memory) -> T,
@@ -160,7 +191,6 @@ impl Ledger {
 mod tests {
     use super::*;
     use crate::founding::paxos::Founder;
-    use mainstay_raft::Member;
 
     fn open(root: &std::path::Path) -> Ledger {
         let fresh = || Identity {
@@ -221,6 +251,16 @@ mod tests {
         ledger.set_joined().unwrap();
         drop(ledger);
         assert!(open(&root).joined());
+        assert_eq!(
+            (open(&root).removed(), open(&root).announced()),
+            (None, None)
+        );
+        let member = charter(7).founders.remove(0).member;
+        open(&root).set_announced(&member).unwrap();
+        open(&root).set_removed("go").unwrap();
+        let ledger = open(&root);
+        assert_eq!(ledger.removed().as_deref(), Some("go"));
+        assert_eq!(ledger.announced(), Some(member));
     }
 
     #[test]

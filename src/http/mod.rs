@@ -22,6 +22,7 @@ pub mod time;
 
 use crate::agents::liveness::Liveness;
 use crate::app::{App, Consistency};
+use crate::peer::PeerClient;
 use crate::space::Room;
 use axum::Router;
 use envelope::Call;
@@ -75,6 +76,8 @@ pub struct ApiState {
     pub about: Arc<About>,
     /// Bounds snapshots that are being sent: each holds a file and a thread.
     saves: Arc<Semaphore>,
+    /// The way to the members' ports, where there is one.
+    peers: Option<PeerClient>,
     /// Start of the newest read barrier that succeeded: the local state is at least that new.
     fresh: Arc<Mutex<Option<Instant>>>,
 }
@@ -98,7 +101,17 @@ impl ApiState {
             liveness,
             about: Arc::new(about),
             saves: Arc::new(Semaphore::new(SAVES_MAX)),
+            peers: None,
             fresh: Arc::default(),
+        }
+    }
+
+    /// The same, able to tell other members something.
+    #[must_use]
+    pub fn with_peers(self, peers: PeerClient) -> Self {
+        Self {
+            peers: Some(peers),
+            ..self
         }
     }
 

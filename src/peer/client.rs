@@ -2,7 +2,7 @@
 //! Knows addresses and headers, not what is said.
 
 use super::auth;
-use super::wire::Refused;
+use super::wire::{LOOK_PATH, Refused};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::time::Duration;
@@ -13,6 +13,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 pub const ASK_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Longest wait for a membership change.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest wait for a member that is told to look at the membership.
+const LOOK_TIMEOUT: Duration = Duration::from_millis(1000);
 
 /// Why a peer gave no answer that could be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +22,9 @@ pub enum PeerError {
     /// It answered: no; a sentence for the operator.
     #[error("{0}")]
     Refused(String),
+    /// What answers there is no peer port.
+    #[error("{0}")]
+    WrongPort(String),
     /// It is down, far, or busy; asking again may help.
     #[error("{0}")]
     Unreachable(String),
@@ -101,22 +106,56 @@ impl PeerClient {
         let bytes = response.bytes().await.map_err(unreachable)?;
         if status.is_success() {
             return serde_json::from_slice(&bytes).map_err(|e| {
-                PeerError::Refused(format!(
+                PeerError::WrongPort(format!(
                     "{base} does not answer like a member ({e}): is this its --peer-listen address?"
                 ))
             });
         }
-        let message = match serde_json::from_slice::<Refused>(&bytes) {
-            Ok(refused) => refused.message,
-            Err(_) => format!(
+        match serde_json::from_slice::<Refused>(&bytes) {
+            Ok(refused) if status.is_server_error() => Err(PeerError::Unreachable(refused.message)),
+            Ok(refused) => Err(PeerError::Refused(refused.message)),
+            Err(_) => Err(PeerError::WrongPort(format!(
                 "{base} does not answer like a member (HTTP {status}): is this its --peer-listen address?"
-            ),
-        };
-        if status.is_server_error() {
-            Err(PeerError::Unreachable(message))
-        } else {
-            Err(PeerError::Refused(message))
+            ))),
         }
+    }
+
+    /// Tell member `id` at `base` to look at the membership now. It looks by itself as well; an error
+    /// says that this very identity does not answer there.
+    pub async fn tell_to_look(&self, base: &str, id: u64) -> Result<(), String> {
+        let call = self
+            .post(&format!("{base}{LOOK_PATH}"))
+            .header(auth::TO_HEADER, id.to_string())
+            .timeout(LOOK_TIMEOUT);
+        let answer = call.send().await.map_err(|e| innermost(&e))?;
+        match answer.status() {
+            status if status.is_success() => Ok(()),
+            status => match answer.json::<Refused>().await {
+                Ok(refused) => Err(refused.message),
+                Err(_) => Err(format!("HTTP {status}")),
+            },
+        }
+    }
+
+    /// If a member's API answers at `base`: the peer addresses of the members it knows. The token is not
+    /// shown to it.
+    pub async fn peers_by_api(&self, base: &str) -> Option<Vec<String>> {
+        #[derive(serde::Deserialize)]
+        struct Row {
+            peer_url: String,
+        }
+        #[derive(serde::Deserialize)]
+        struct Answer {
+            status: String,
+            #[serde(default)]
+            body: Option<Vec<Row>>,
+        }
+        let url = format!("{base}/api/v1/members");
+        let asked = self.http.get(url).timeout(ASK_TIMEOUT).send().await.ok()?;
+        let answer: Answer = asked.json().await.ok()?;
+        let known = matches!(answer.status.as_str(), "OK" | "FAIL");
+        let rows = answer.body.unwrap_or_default();
+        known.then(|| rows.into_iter().map(|row| row.peer_url).collect())
     }
 }
 

@@ -13,6 +13,7 @@ use mainstay_raft::{Dialer, Member, PeerStream};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
@@ -29,6 +30,8 @@ const UPGRADE_TIMEOUT: Duration = Duration::from_millis(1500);
 const UNACKED_MAX: Duration = Duration::from_secs(5);
 /// Idle time before TCP asks whether the other side is still there.
 const KEEPALIVE: Duration = Duration::from_secs(5);
+/// Most members whose addresses are remembered.
+const BOOK_MAX: usize = 64;
 /// Longest refusal that is read.
 const REFUSAL_MAX: usize = 4096;
 
@@ -48,22 +51,48 @@ pub fn tune(stream: &TcpStream, between_members: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// Where members have answered us, or greeted us from, lately. The group's own list changes only with a
+/// majority; when all members move at once, this is how they find each other to make one.
+#[derive(Debug, Default)]
+pub struct AddressBook(Mutex<BTreeMap<u64, String>>);
+
+impl AddressBook {
+    /// Member `id` is at this peer address.
+    pub fn note(&self, id: u64, url: &str) {
+        let mut all = self.0.lock();
+        // As many as anybody has members; a stranger that holds the token must not fill it.
+        if url.is_empty() || (all.len() >= BOOK_MAX && !all.contains_key(&id)) {
+            return;
+        }
+        all.insert(id, url.to_owned());
+    }
+
+    /// The addresses to try, in this order.
+    fn of(&self, id: u64, listed: &str) -> Vec<String> {
+        let seen = self.0.lock().get(&id).cloned();
+        let seen = seen.filter(|url| url != listed);
+        seen.into_iter().chain([listed.to_owned()]).collect()
+    }
+}
+
 /// [`Dialer`] over the peer ports of one cluster.
 pub struct PeerDialer {
     token: String,
     cluster: String,
     from: u64,
+    book: Arc<AddressBook>,
     /// Last refusal by member: said once, not at every attempt.
     said: Mutex<BTreeMap<u64, String>>,
 }
 
 impl PeerDialer {
     /// For member `from` of this cluster.
-    pub fn new(token: &str, cluster_id: &str, from: u64) -> Self {
+    pub fn new(token: &str, cluster_id: &str, from: u64, book: Arc<AddressBook>) -> Self {
         Self {
             token: token.to_owned(),
             cluster: cluster_id.to_owned(),
             from,
+            book,
             said: Mutex::default(),
         }
     }
@@ -129,12 +158,9 @@ impl PeerDialer {
         }
         io::Error::new(io::ErrorKind::ConnectionRefused, message)
     }
-}
 
-#[async_trait]
-impl Dialer for PeerDialer {
-    async fn dial(&self, id: u64, member: &Member) -> io::Result<Box<dyn PeerStream>> {
-        let (host, port) = split_url(&member.peer_url).map_err(io::Error::other)?;
+    async fn dial_at(&self, id: u64, url: &str) -> io::Result<Box<dyn PeerStream>> {
+        let (host, port) = split_url(url).map_err(io::Error::other)?;
         let authority = format!("{host}:{port}");
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(&authority))
             .await
@@ -144,16 +170,54 @@ impl Dialer for PeerDialer {
             .await
             .map_err(|_| io::ErrorKind::TimedOut)?
     }
+}
+
+#[async_trait]
+impl Dialer for PeerDialer {
+    async fn dial(&self, id: u64, member: &Member) -> io::Result<Box<dyn PeerStream>> {
+        let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for url in self.book.of(id, &member.peer_url) {
+            match self.dial_at(id, &url).await {
+                Ok(stream) => return Ok(stream),
+                Err(e) => failed = e,
+            }
+        }
+        Err(failed)
+    }
 
     /// The kernel resets what arrives for a port without a listener. A machine that is down, or a
-    /// network that drops, says nothing, and is not taken for an ended process.
-    async fn gone(&self, _id: u64, member: &Member) -> bool {
-        let Ok((host, port)) = split_url(&member.peer_url) else {
-            return false;
-        };
-        match TcpStream::connect(format!("{host}:{port}")).await {
-            Ok(_) => false,
-            Err(e) => e.kind() == io::ErrorKind::ConnectionRefused,
+    /// network that drops, says nothing, and is not taken for an ended process; nor is a member that
+    /// was seen at another address and may be there.
+    async fn gone(&self, id: u64, member: &Member) -> bool {
+        for url in self.book.of(id, &member.peer_url) {
+            let Ok((host, port)) = split_url(&url) else {
+                return false;
+            };
+            match TcpStream::connect(format!("{host}:{port}")).await {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
+                _ => return false,
+            }
         }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_answered_elsewhere_is_sought_there_first() {
+        let book = AddressBook::default();
+        assert_eq!(book.of(1, "http://old:1"), ["http://old:1"]);
+        book.note(1, "http://new:1");
+        book.note(2, "");
+        assert_eq!(book.of(1, "http://old:1"), ["http://new:1", "http://old:1"]);
+        assert_eq!(book.of(1, "http://new:1"), ["http://new:1"]);
+        assert_eq!(book.of(2, "http://b:1"), ["http://b:1"]);
+        (10..200).for_each(|id| book.note(id, "http://x:1"));
+        assert_eq!(book.0.lock().len(), BOOK_MAX);
+        book.note(1, "http://newer:1");
+        assert_eq!(book.of(1, "http://old:1")[0], "http://newer:1");
     }
 }

@@ -7,6 +7,7 @@
 //! POST /peer/v1/founding   FoundingCall -> FoundingReply  token
 //! POST /peer/v1/join       Hello -> JoinReply             token, same cluster
 //! GET  /peer/v1/release    -> Release                     token, same cluster
+//! POST /peer/v1/look       (look at the membership now)   token, same cluster
 //! GET  /peer/v1/raft       Upgrade: mainstay-raft         token, same cluster
 //! POST /peer/v1/nodes      (agents::exchange)             token, same cluster
 //! *    (transfer routes)                                  token, same cluster
@@ -22,12 +23,14 @@ mod routes;
 pub mod wire;
 
 pub use client::{PeerClient, PeerError};
-pub use dial::PeerDialer;
+pub use dial::{AddressBook, PeerDialer};
 pub use members::MemberHttp;
 pub use routes::router;
 
+use crate::app::App;
 use crate::config::Config;
 use crate::founding::{Founder, Ledger};
+use mainstay_model::MemberId;
 use mainstay_raft::{Group, Member};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -43,26 +46,53 @@ pub struct PeerPort {
     pub member: Member,
     /// Its durable identity.
     pub ledger: Arc<Ledger>,
+    /// Where others have been seen.
+    pub book: Arc<AddressBook>,
     /// Calls to others while founding.
     pub http: PeerClient,
     /// This member's part in the group, once it has one.
     pub group: OnceLock<Group>,
     /// Woken when something was learnt from a peer's call.
     pub learnt: Notify,
-    /// More members of the list are part of another cluster than of ours: clients must not be served.
-    /// `None` until the others were asked once.
-    pub outnumbered: watch::Sender<Option<bool>>,
+    /// The replicated state, once this member has one.
+    pub app: OnceLock<App>,
+    /// Woken when the membership should be looked at.
+    pub look: Notify,
+    /// Whether clients may be served. `None` until the others were asked once.
+    pub standing: watch::Sender<Option<Standing>>,
     /// What stands in this member's way, for its operator.
     pub notices: Notices,
 }
 
+/// How a member stands to its cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It is in, and serves.
+    Member,
+    /// It is not let in yet: there is nothing to serve.
+    Waiting,
+    /// More members around it are part of another cluster than of its own: it must not serve.
+    Outnumbered,
+}
+
 impl PeerPort {
+    /// Was this identity taken out of the cluster, as far as this member has applied?
+    pub fn retired(&self, id: u64) -> bool {
+        let app = self.app.get();
+        app.is_some_and(|app| app.retired().contains(&MemberId(id)))
+    }
+
     /// This member as a founder.
     pub fn founder(&self) -> Founder {
         Founder {
             id: self.ledger.member_id(),
             member: self.member.clone(),
         }
+    }
+
+    /// Was it started to join a cluster that runs?
+    pub fn joins(&self) -> bool {
+        !self.config.join.is_empty()
     }
 
     /// This member's greeting.
@@ -73,6 +103,8 @@ impl PeerPort {
             cluster_id: self.ledger.cluster_id(),
             joined: self.ledger.joined(),
             list: self.config.list.clone(),
+            joining: self.joins(),
+            learner: self.config.learner,
         }
     }
 }

@@ -1,11 +1,11 @@
 //! Handlers of the peer port: thin; what they decide is in `founding` and `admission`.
 
 use super::auth::{self, refuse};
-use super::wire::{FoundingCall, FoundingReply, Hello, HelloReply, JoinReply};
+use super::wire::{FoundingCall, FoundingReply, Hello, HelloReply, JoinReply, LOOK_PATH};
 use super::{PeerPort, admission, dial, release};
 use crate::founding::LedgerError;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
@@ -29,6 +29,7 @@ pub fn router(port: &Arc<PeerPort>, others: Router) -> Router {
     let members: Router = Router::new()
         .route("/peer/v1/join", post(join))
         .route(release::PATH, get(release::own))
+        .route(LOOK_PATH, post(look))
         .route(dial::RAFT_PATH, get(raft))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .with_state(Arc::clone(port))
@@ -49,7 +50,9 @@ pub fn router(port: &Arc<PeerPort>, others: Router) -> Router {
         ))
 }
 
-fn judge(port: &PeerPort, hello: &Hello) -> Option<String> {
+/// Why the caller cannot be one of us, and whether that is for good.
+fn judge(port: &PeerPort, hello: &Hello) -> (Option<String>, bool) {
+    let retired = port.retired(hello.member_id);
     let members = port
         .group
         .get()
@@ -63,13 +66,21 @@ fn judge(port: &PeerPort, hello: &Hello) -> Option<String> {
         cluster_id: cluster_id.as_deref(),
         charter: charter.as_ref(),
         members: &members,
+        joining: port.joins(),
+        retired,
     };
-    admission::refusal(&known, hello)
+    (
+        admission::refusal(&known, hello),
+        admission::removed_for_good(&known, hello),
+    )
 }
 
 async fn hello(State(port): State<Arc<PeerPort>>, Json(hello): Json<Hello>) -> Json<HelloReply> {
-    let refusal = judge(&port, &hello);
+    let (refusal, removed) = judge(&port, &hello);
     if refusal.is_none() {
+        if hello.cluster_id.is_some() && hello.cluster_id == port.ledger.cluster_id() {
+            port.book.note(hello.member_id, &hello.member.peer_url);
+        }
         port.learnt.notify_one();
     }
     Json(HelloReply {
@@ -78,7 +89,24 @@ async fn hello(State(port): State<Arc<PeerPort>>, Json(hello): Json<Hello>) -> J
         cluster_id: port.ledger.cluster_id(),
         charter: port.ledger.charter(),
         refusal,
+        joining: port.joins(),
+        removed,
     })
+}
+
+async fn look(State(port): State<Arc<PeerPort>>, headers: HeaderMap) -> Response {
+    if auth::id(&headers, auth::TO_HEADER) != Some(port.ledger.member_id()) {
+        return refuse(StatusCode::CONFLICT, not_meant(&port));
+    }
+    port.look.notify_one();
+    StatusCode::NO_CONTENT.into_response()
+}
+
+fn not_meant(port: &PeerPort) -> String {
+    let name = &port.config.name;
+    format!(
+        "member {name} is not the member that was meant: its data directory was wiped or replaced (`mainstay member replace {name}`), or its address in the list is another's"
+    )
 }
 
 async fn founding(State(port): State<Arc<PeerPort>>, Json(call): Json<FoundingCall>) -> Response {
@@ -115,7 +143,7 @@ async fn join(State(port): State<Arc<PeerPort>>, Json(hello): Json<Hello>) -> Re
     if let Err(e) = group.read_barrier(BARRIER_TIMEOUT).await {
         return refuse(StatusCode::SERVICE_UNAVAILABLE, e.to_string());
     }
-    if let Some(sentence) = judge(&port, &hello) {
+    if let (Some(sentence), _) = judge(&port, &hello) {
         return refuse(StatusCode::CONFLICT, sentence);
     }
     match admit(group, &hello).await {
@@ -125,16 +153,28 @@ async fn join(State(port): State<Arc<PeerPort>>, Json(hello): Json<Hello>) -> Re
     }
 }
 
-/// One step towards being a voter with these addresses; the caller asks again until it is.
+/// One step towards the part it wants, with these addresses; the caller asks again until it has it.
 async fn admit(group: &Group, hello: &Hello) -> Result<JoinReply, GroupError> {
     let (id, member) = (hello.member_id, &hello.member);
-    let known = group.status().members.remove(&id);
-    if known.as_ref().is_none_or(|status| &status.member != member) {
-        tracing::info!(member = %member.name, id = %format_args!("{id:016x}"), "adding to the group");
-        group.add_learner(id, member.clone()).await?;
-    }
-    if known.is_some_and(|status| status.role == Role::Voter) {
+    let role = match group.status().members.remove(&id) {
+        None => {
+            tracing::info!(member = %member.name, id = %format_args!("{id:016x}"), "asks to join");
+            group.add_learner(id, member.clone()).await?;
+            Role::Learner
+        }
+        Some(known) => {
+            // Not by adding: it may have been removed since we looked.
+            if &known.member != member {
+                group.update(id, member.clone()).await?;
+            }
+            known.role
+        }
+    };
+    if role == Role::Voter {
         return Ok(JoinReply::Voter);
+    }
+    if hello.learner {
+        return Ok(JoinReply::Learner);
     }
     match group.promote(id).await {
         Ok(()) => {
@@ -143,7 +183,7 @@ async fn admit(group: &Group, hello: &Hello) -> Result<JoinReply, GroupError> {
         }
         // Not caught up yet, or another change is under way.
         Err(GroupError::Refused(why)) => {
-            tracing::debug!(member = %member.name, %why, "stays a learner");
+            tracing::info!(member = %member.name, %why, "stays a learner for now");
             Ok(JoinReply::Learner)
         }
         Err(e) => Err(e),
@@ -163,13 +203,7 @@ async fn raft(State(port): State<Arc<PeerPort>>, mut request: Request) -> Respon
         );
     }
     if auth::id(headers, auth::TO_HEADER) != Some(ours) {
-        let name = &port.config.name;
-        return refuse(
-            StatusCode::CONFLICT,
-            format!(
-                "member {name} is not the member that was meant: its data directory was wiped or replaced (`mainstay member replace {name}`), or its address in the list is another's"
-            ),
-        );
+        return refuse(StatusCode::CONFLICT, not_meant(&port));
     }
     let Some(group) = port.group.get().cloned() else {
         return refuse(StatusCode::SERVICE_UNAVAILABLE, "the member is starting");

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::founding::Charter;
 
+/// "Look at the membership now": no body, no answer.
+pub const LOOK_PATH: &str = "/peer/v1/look";
+
 /// "This is me; who are you?"
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
@@ -21,6 +24,12 @@ pub struct Hello {
     pub joined: bool,
     /// Its initial list.
     pub list: Vec<Entry>,
+    /// It was started with `--join`: it founds nothing, and its list binds nobody.
+    #[serde(default)]
+    pub joining: bool,
+    /// It does not want a vote.
+    #[serde(default)]
+    pub learner: bool,
 }
 
 /// The answer to a [`Hello`].
@@ -36,6 +45,12 @@ pub struct HelloReply {
     pub charter: Option<Charter>,
     /// Why the caller cannot be part of the same cluster, as a sentence for its operator.
     pub refusal: Option<String>,
+    /// The answerer was started with `--join`: it founds nothing.
+    #[serde(default)]
+    pub joining: bool,
+    /// The caller's identity was taken out of the cluster: a committed fact, and for good.
+    #[serde(default)]
+    pub removed: bool,
 }
 
 /// A founding request with its sender.

@@ -6,10 +6,12 @@
 //! * `judge`: nodes that are not heard become unreachable, then lost; the verdicts are pure.
 //! * `expire`: ended instances are forgotten.
 //! * `features`: what a new release brings is switched on once every member supports it.
+//! * `retire`: removals of members that are recorded are carried out.
 
 mod expire;
 mod features;
 mod judge;
+mod retire;
 mod schedule;
 
 use crate::agents::Liveness;
@@ -78,7 +80,8 @@ pub fn spawn(
         all.spawn(schedule::run(app.clone(), config));
         all.spawn(judge::run(app.clone(), liveness, config));
         all.spawn(features::run(app.clone(), members, config));
-        all.spawn(expire::run(app, config));
+        all.spawn(expire::run(app.clone(), config));
+        all.spawn(retire::run(app));
         while let Some(ended) = all.join_next().await {
             if let Err(error) = ended {
                 tracing::error!(%error, "a reconciler ended");

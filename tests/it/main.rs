@@ -6,3 +6,4 @@ mod api_members;
 mod cluster;
 mod fences;
 mod homes;
+mod membership;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub(crate) const BIN: &str = env!("CARGO_BIN_EXE_mainstay");
 
 /// The binary of servers and command lines: `MAINSTAY_TEST_BINARY` names another build of it.
-fn binary() -> String {
+pub(crate) fn binary() -> String {
     std::env::var("MAINSTAY_TEST_BINARY").unwrap_or_else(|_| BIN.to_owned())
 }
 
@@ -29,6 +29,10 @@ pub(crate) struct Member {
     pub(crate) data: PathBuf,
     /// The release it runs.
     pub(crate) binary: PathBuf,
+    /// Peer addresses that it is started with instead of the list; empty for a founder.
+    pub(crate) join: Vec<String>,
+    /// Further flags of this one.
+    pub(crate) extra: Vec<String>,
     child: Option<Child>,
 }
 
@@ -59,6 +63,30 @@ fn free_port() -> u16 {
     }
 }
 
+impl Member {
+    fn new(dir: &Path, n: usize) -> Self {
+        Self {
+            name: format!("c{}", n + 1),
+            api: format!("127.0.0.1:{}", free_port()),
+            registry: format!("127.0.0.1:{}", free_port()),
+            peer: format!("127.0.0.1:{}", free_port()),
+            advertised: None,
+            data: dir.join(format!("c{}", n + 1)),
+            binary: binary().into(),
+            join: Vec::new(),
+            extra: Vec::new(),
+            child: None,
+        }
+    }
+
+    /// Other addresses from its next start on.
+    pub(crate) fn move_house(&mut self) {
+        for at in [&mut self.api, &mut self.registry, &mut self.peer] {
+            *at = format!("127.0.0.1:{}", free_port());
+        }
+    }
+}
+
 impl Cluster {
     /// Addresses and directories for members `c1`..; nothing is started.
     pub(crate) fn new(count: usize) -> Self {
@@ -66,17 +94,7 @@ impl Cluster {
             .prefix("mainstay-")
             .tempdir()
             .unwrap();
-        let member = |n: usize| Member {
-            name: format!("c{}", n + 1),
-            api: format!("127.0.0.1:{}", free_port()),
-            registry: format!("127.0.0.1:{}", free_port()),
-            peer: format!("127.0.0.1:{}", free_port()),
-            advertised: None,
-            data: dir.path().join(format!("c{}", n + 1)),
-            binary: binary().into(),
-            child: None,
-        };
-        let members = (0..count).map(member).collect();
+        let members = (0..count).map(|n| Member::new(dir.path(), n)).collect();
         let client = reqwest::Client::builder()
             .timeout(Duration::from_secs(12))
             .build()
@@ -103,9 +121,19 @@ impl Cluster {
         cluster
     }
 
+    /// One more member, not started, that will join through these.
+    pub(crate) fn joiner(&mut self, through: &[usize]) -> usize {
+        let mut member = Member::new(self.dir.path(), self.members.len());
+        let urls = through.iter().map(|n| &self.members[*n].peer);
+        member.join = urls.map(|peer| format!("http://{peer}")).collect();
+        self.members.push(member);
+        self.members.len() - 1
+    }
+
     /// The member list as the command line takes it.
     pub(crate) fn list(&self) -> String {
-        let each = self.members.iter().map(|m| {
+        let founders = self.members.iter().filter(|m| m.join.is_empty());
+        let each = founders.map(|m| {
             format!(
                 "{}=http://{}",
                 m.name,
@@ -120,13 +148,7 @@ impl Cluster {
         let m = &self.members[n];
         let mut command = Command::new(&m.binary);
         command
-            .args([
-                "server",
-                "--name",
-                &m.name,
-                "--initial-cluster",
-                &self.list(),
-            ])
+            .args(["server", "--name", &m.name])
             .args([
                 "--listen",
                 &m.api,
@@ -141,7 +163,13 @@ impl Cluster {
             .args(&self.flags)
             .envs(self.environment.iter().map(|(k, v)| (k, v)))
             .envs(self.env.get(&n).into_iter().flatten().cloned())
+            .args(&m.extra)
             .stdin(Stdio::null());
+        if m.join.is_empty() {
+            command.args(["--initial-cluster", &self.list()]);
+        } else {
+            command.args(["--join", &m.join.join(",")]);
+        }
         command
     }
 
@@ -450,7 +478,8 @@ impl Drop for Cluster {
             let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
         if std::thread::panicking() {
-            for name in ["c1", "c2", "c3", "node1"] {
+            let members = self.members.iter().map(|m| m.name.as_str());
+            for name in members.chain(["node1"]) {
                 eprintln!("--- last lines of {name}:\n{}", tail(&self.log(name)));
             }
         }

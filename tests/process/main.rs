@@ -15,6 +15,8 @@ mod kills;
 mod leader_kills;
 mod linear;
 mod load;
+mod members;
+mod membership;
 mod node_loss;
 mod push;
 mod refused;

@@ -5,7 +5,7 @@ use crate::cluster::{Cluster, until};
 use crate::turn;
 use std::time::Duration;
 
-async fn says(cluster: &Cluster, name: &str, words: &[&str]) {
+pub(crate) async fn says(cluster: &Cluster, name: &str, words: &[&str]) {
     until(
         &format!("{name} says {words:?}"),
         Duration::from_secs(20),

@@ -6,6 +6,7 @@ mod bind;
 mod check;
 mod group;
 mod instance;
+mod member;
 mod node;
 mod observe;
 mod template;
@@ -90,5 +91,6 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
             groups,
             member,
         } => group::change_nodes(state, nodes, groups, *member),
+        Command::RetireMember { id, name, voters } => member::retire(state, *id, name, voters),
     }
 }

@@ -28,6 +28,11 @@ pub(super) fn publish(state: &mut State, new_id: &TemplateId, push: &Push<'_>) -
     check::name("template name", push.template)?;
     check::name("tag name", push.tag)?;
     check_content(push.content)?;
+    if state.retired.contains_key(&push.holder) {
+        let text =
+            "the member that holds the tag was taken out of the cluster: push through another";
+        return Err(Refusal::Conflict(text.to_owned()));
+    }
     let Some(template) = state.template_named(push.template) else {
         return publish_first(state, new_id, push);
     };
@@ -159,6 +164,10 @@ pub(super) fn report_held(
         return Ok(Outcome::Done);
     };
     if let Some(voters) = gained {
+        // Said before its end, heard after it.
+        if state.retired.contains_key(&member) {
+            return Ok(Outcome::Done);
+        }
         hold(state, id, number, member, voters, None)?;
     } else if tag.holders.contains(&member) {
         state.edit_tag(id, number, |t| {
@@ -166,6 +175,31 @@ pub(super) fn report_held(
         });
     }
     Ok(Outcome::Done)
+}
+
+/// A member is gone for good, and `voters` are left: what it held is not held any more, and a tag
+/// that waits for more copies than they can hold waits for as many as they can.
+pub(super) fn drop_holder(state: &mut State, member: MemberId, voters: &BTreeSet<MemberId>) {
+    let now = state.clock_ms;
+    let left = u32::try_from(voters.len()).unwrap_or(u32::MAX).max(1);
+    let touched = |t: &Tag| t.holders.contains(&member) || (!t.visible && t.copies_needed > left);
+    let tags = state.templates.values().flat_map(|template| {
+        let touched = template.tags.values().filter(|t| touched(t));
+        touched.map(|t| (template.id.clone(), t.number))
+    });
+    for (id, number) in tags.collect::<Vec<_>>() {
+        state.edit_tag(&id, number, |t| {
+            t.holders.remove(&member);
+            if t.visible {
+                return;
+            }
+            t.copies_needed = t.copies_needed.min(left);
+            if enough(&t.holders, voters, t.copies_needed) {
+                t.visible = true;
+                t.visible_ms = Some(now);
+            }
+        });
+    }
 }
 
 pub(super) fn delete(state: &mut State, id: &TemplateId) -> Applied {

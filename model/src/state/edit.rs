@@ -6,8 +6,9 @@ use super::index::Place;
 use super::key::Key;
 use crate::feature::RECENT_BLOCKS;
 use crate::group::Group;
-use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
+use crate::ids::{GroupId, InstanceId, MemberId, NodeId, TemplateId};
 use crate::instance::{Instance, ScriptResult};
+use crate::member::Retired;
 use crate::node::{Left, Node};
 use crate::template::{Tag, Template};
 
@@ -169,6 +170,17 @@ impl State {
         }
         self.features = level;
         self.dirty.insert(Key::Features);
+    }
+
+    pub(crate) fn retire(&mut self, id: MemberId, retired: Retired) {
+        self.dirty.insert(Key::Retired(id));
+        self.retired.insert(id, retired);
+    }
+
+    pub(crate) fn forget_retired(&mut self, id: MemberId) {
+        if self.retired.remove(&id).is_some() {
+            self.dirty.insert(Key::Retired(id));
+        }
     }
 
     pub(crate) fn put_group(&mut self, group: Group) {

@@ -1,7 +1,7 @@
 //! Names of stored values: a table byte, then the id's bytes. Knows nothing of the values.
 
 use crate::codec::CodecError;
-use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
+use crate::ids::{GroupId, InstanceId, MemberId, NodeId, TemplateId};
 
 /// One stored value. The order of the variants is the order of their table bytes, so that keys
 /// sort as their bytes do.
@@ -17,6 +17,8 @@ pub(super) enum Key {
     Instance(InstanceId),
     /// `l`: what may be left of an ended instance on its node.
     Left(InstanceId),
+    /// `m`: a member that was taken out.
+    Retired(MemberId),
     /// `n`: a node.
     Node(NodeId),
     /// `o`: the output of an instance's script.
@@ -47,6 +49,11 @@ impl Key {
             Self::Group(id) => with(b'g', id.as_str()),
             Self::Instance(id) => with(b'i', id.as_str()),
             Self::Left(id) => with(b'l', id.as_str()),
+            Self::Retired(id) => {
+                let mut out = with(b'm', "");
+                out.extend_from_slice(&id.0.to_be_bytes());
+                out
+            }
             Self::Node(id) => with(b'n', id.as_str()),
             Self::Output(id) => with(b'o', id.as_str()),
             Self::RecentBlock(number) | Self::Recent(number) => {
@@ -84,6 +91,10 @@ impl Key {
             b'g' => Self::Group(text(rest)?.into()),
             b'i' => Self::Instance(text(rest)?.into()),
             b'l' => Self::Left(text(rest)?.into()),
+            b'm' => {
+                let id = rest.try_into().map_err(|_| bad())?;
+                Self::Retired(MemberId(u64::from_be_bytes(id)))
+            }
             b'n' => Self::Node(text(rest)?.into()),
             b'o' => Self::Output(text(rest)?.into()),
             b'q' => Self::RecentBlock(number(rest)?),
@@ -121,6 +132,8 @@ mod tests {
             Key::RecentBlock(2),
             Key::Output("i1".into()),
             Key::Node("n1".into()),
+            Key::Retired(MemberId(300)),
+            Key::Retired(MemberId(2)),
             Key::Left("i1".into()),
             Key::Instance("i1".into()),
             Key::Instance("i".into()),
@@ -146,6 +159,7 @@ mod tests {
             b"f1",
             b"r123",
             b"q12345",
+            b"m1234567",
             b"vt",
             b"v\0\0\0\0\0",
             b"vt\x01\0\0\0\0",

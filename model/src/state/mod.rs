@@ -12,8 +12,9 @@ use crate::apply;
 use crate::command::Envelope;
 use crate::feature::RECENT_BLOCKS;
 use crate::group::Group;
-use crate::ids::{CommandId, GroupId, InstanceId, NodeId, TemplateId};
+use crate::ids::{CommandId, GroupId, InstanceId, MemberId, NodeId, TemplateId};
 use crate::instance::Instance;
+use crate::member::Retired;
 use crate::node::{Left, Load, Node};
 use crate::outcome::Outcome;
 use crate::template::Template;
@@ -44,6 +45,8 @@ pub struct State {
     pub templates: BTreeMap<TemplateId, Template>,
     /// Node groups by id.
     pub groups: BTreeMap<GroupId, Group>,
+    /// Members that an operator took out: their identities never come back.
+    pub retired: BTreeMap<MemberId, Retired>,
     /// Counts changes of desired sets over all nodes, so that a node which was removed and joins
     /// again never sees a generation that its agent has passed already.
     desired_changes: u64,
@@ -62,6 +65,7 @@ impl PartialEq for State {
             && self.left == other.left
             && self.templates == other.templates
             && self.groups == other.groups
+            && self.retired == other.retired
             && self.recent == other.recent
     }
 }

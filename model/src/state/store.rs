@@ -55,6 +55,7 @@ impl State {
         let instances = || self.instances.keys().cloned();
         instances().for_each(|id| give(Key::Instance(id)));
         self.left.keys().for_each(|id| give(Key::Left(id.clone())));
+        self.retired.keys().for_each(|id| give(Key::Retired(*id)));
         self.nodes.keys().for_each(|id| give(Key::Node(id.clone())));
         instances().for_each(|id| give(Key::Output(id)));
         // One of the two: what the level does not use has no value.
@@ -86,6 +87,7 @@ impl State {
                 Some(encode(&InstanceRecord::of(instance)))
             }
             Key::Left(id) => self.left.get(id).map(encode),
+            Key::Retired(id) => self.retired.get(id).map(encode),
             Key::Node(id) => self.nodes.get(id).map(encode),
             Key::Output(id) => self.instances.get(id)?.script_result.as_ref().map(encode),
             Key::RecentBlock(_) if self.features < RECENT_BLOCKS => None,
@@ -137,6 +139,9 @@ impl State {
             }
             Key::Left(id) => {
                 self.left.insert(id, decode(value)?);
+            }
+            Key::Retired(id) => {
+                self.retired.insert(id, decode(value)?);
             }
             Key::Node(id) => {
                 self.nodes.insert(id, decode(value)?);

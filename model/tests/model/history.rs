@@ -377,6 +377,11 @@ fn template_command(r: &mut Random) -> Command {
             selector: r.one_in(2).then(|| selector(r)),
         },
         _ if r.one_in(2) => Command::DeleteTemplate { id },
+        _ if r.one_in(4) => Command::RetireMember {
+            id: MemberId(r.below(3)),
+            name: "c".to_owned(),
+            voters: voters(r),
+        },
         _ => Command::Noop,
     }
 }

@@ -245,9 +245,8 @@ impl Runner {
             "start" | "update" | "terminate" | "expire" => instance_command(verb, args),
             "bind" | "place" => self.bind_command(verb, args),
             "observe" => self.observe_command(args),
-            "publish" | "held" | "lost-copy" | "revert" | "delete-tag" | "delete-template" => {
-                template_command(verb, args)
-            }
+            "publish" | "held" | "lost-copy" | "retire" | "revert" | "delete-tag"
+            | "delete-template" => template_command(verb, args),
             _ => node_command(verb, args),
         }
     }
@@ -331,6 +330,10 @@ fn key_name(key: &[u8]) -> String {
             let (id, tail) = key[1..].split_at(key.len() - 6);
             let number = u32::from_be_bytes(tail[1..].try_into().unwrap());
             format!("v:{}/{number}", String::from_utf8_lossy(id))
+        }
+        b'm' => {
+            let id = u64::from_be_bytes(key[1..].try_into().unwrap());
+            format!("m:{id}")
         }
         table => format!(
             "{}:{}",
@@ -431,6 +434,11 @@ fn template_command(verb: &str, args: &Words<'_>) -> Command {
             manifest: sample::digest(seed),
             member: MemberId(args.number("member").unwrap()),
             held: verb == "held",
+            voters: voters(args),
+        },
+        "retire" => Command::RetireMember {
+            id: MemberId(args.number("member").unwrap()),
+            name: args.bare[0].to_owned(),
             voters: voters(args),
         },
         "revert" => Command::RevertTemplate {

@@ -1,21 +1,16 @@
 //! Changes of the membership and of the leader: checked and made by the leader, asked for from
 //! any member. Every request may be repeated: what holds already is done.
 
-use super::status::answers;
-use super::{GroupError, Inner};
-use crate::Member;
+use super::membership::{called, is_voter};
+use super::{ADMIN_DEADLINE, GroupError, Inner};
 use crate::codec;
 use crate::transport::wire::{Admin, Fit, Lane, Reply, kind};
-use crate::types::{Membership, Types};
+use crate::types::Types;
+use openraft::RaftMetrics;
 use openraft::async_runtime::watch::WatchReceiver as _;
-use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
-use openraft::{ChangeMembers, RaftMetrics};
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// A learner this close to the end of the log may become a voter.
-const PROMOTE_LAG_MAX: u64 = 1000;
 /// Before a change that the group is not ready for is tried again.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -68,18 +63,26 @@ impl Inner {
         }
     }
 
-    /// The leader's side.
+    /// The leader's side. One at a time, each looking at what the one before left behind.
     pub(super) async fn admin_here(&self, request: &Admin) -> Reply<()> {
         if !self.leads() {
             return Reply::NotLeader;
         }
-        tracing::info!(?request, "membership request");
-        match request {
-            Admin::AddLearner { id, member } => self.add_learner_here(*id, member).await,
-            Admin::Promote { id } => self.promote_here(*id).await,
-            Admin::Remove { id } => self.remove_here(*id).await,
-            Admin::Transfer { to } => self.transfer_here(*to).await,
-        }
+        tracing::debug!(?request, "membership request");
+        let work = async {
+            let _one = self.changing.lock().await;
+            match request {
+                Admin::AddLearner { id, member } => self.add_learner_here(*id, member).await,
+                Admin::Update { id, member } => self.update_here(*id, member).await,
+                Admin::Promote { id } => self.promote_here(*id).await,
+                Admin::Remove { id } => self.remove_here(*id).await,
+                Admin::MayRemove { id } => self.may_remove_here(*id).await,
+                Admin::Transfer { to } => self.transfer_here(*to).await,
+            }
+        };
+        // A leader without a majority would wait for ever, and whoever asks next behind it.
+        let done = tokio::time::timeout(ADMIN_DEADLINE, work).await;
+        done.unwrap_or(Reply::Unknown)
     }
 
     pub(super) fn metrics(&self) -> RaftMetrics<Types> {
@@ -88,115 +91,31 @@ impl Inner {
         metrics.clone()
     }
 
-    async fn add_learner_here(&self, id: u64, member: &Member) -> Reply<()> {
-        let metrics = self.metrics();
-        if metrics.membership_config.membership().get_node(&id) == Some(member) {
-            return Reply::Done(());
-        }
-        // For a member that is known, voter or learner, this replaces its addresses only.
-        let change = ChangeMembers::SetNodes(BTreeMap::from([(id, member.clone())]));
-        self.change(change, true).await
-    }
-
-    async fn promote_here(&self, id: u64) -> Reply<()> {
+    pub(super) async fn transfer_here(&self, to: Option<u64>) -> Reply<()> {
         let metrics = self.metrics();
         let membership = metrics.membership_config.membership();
-        if membership.get_node(&id).is_none() {
-            return Reply::Refused(format!(
-                "member {id} is not known: add it as a learner first"
-            ));
-        }
-        if is_voter(membership, id) && membership.get_joint_config().len() == 1 {
-            return Reply::Done(());
-        }
-        let last = metrics.last_log_index.unwrap_or(0);
-        let matched = metrics
-            .replication
-            .as_ref()
-            .and_then(|r| r.get(&id).copied().flatten());
-        let lag = last.saturating_sub(matched.map_or(0, |m| m.index));
-        if matched.is_none() || lag > PROMOTE_LAG_MAX {
-            return Reply::Busy(format!(
-                "member {id} has not caught up: {lag} entries behind"
-            ));
-        }
-        // A matched position says what it held once; a voter that is gone makes majorities harder.
-        if !self.answers(&metrics, id) {
-            return Reply::Busy(format!("member {id} does not answer"));
-        }
-        let voters: BTreeSet<u64> = membership.voter_ids().chain([id]).collect();
-        if let Err(live) = self.majority_answers(&metrics, &voters) {
-            return Reply::Busy(format!(
-                "with member {id} there are {} voters, of which {live} answer: that is no majority",
-                voters.len()
-            ));
-        }
-        self.change(ChangeMembers::AddVoterIds(BTreeSet::from([id])), true)
-            .await
-    }
-
-    async fn remove_here(&self, id: u64) -> Reply<()> {
-        let metrics = self.metrics();
-        let membership = metrics.membership_config.membership();
-        if membership.get_node(&id).is_none() {
-            return Reply::Done(());
-        }
-        if !is_voter(membership, id) {
-            return self
-                .change(ChangeMembers::RemoveNodes(BTreeSet::from([id])), true)
-                .await;
-        }
-        let rest: BTreeSet<u64> = membership.voter_ids().filter(|v| *v != id).collect();
-        if let Err(live) = self.majority_answers(&metrics, &rest) {
-            let text = format!(
-                "without member {id} there are {} voters, of which {live} answer: \
-                 that is no majority; bring members back or add new ones first",
-                rest.len()
-            );
-            return Reply::Refused(text);
-        }
-        self.change(ChangeMembers::RemoveVoters(BTreeSet::from([id])), false)
-            .await
-    }
-
-    /// `Err`: how many of them answer, when that is no majority.
-    fn majority_answers(
-        &self,
-        metrics: &RaftMetrics<Types>,
-        voters: &BTreeSet<u64>,
-    ) -> Result<(), usize> {
-        let live = voters.iter().filter(|v| self.answers(metrics, **v)).count();
-        if live > voters.len() / 2 {
-            Ok(())
-        } else {
-            Err(live)
-        }
-    }
-
-    fn answers(&self, metrics: &RaftMetrics<Types>, id: u64) -> bool {
-        answers(metrics, id, self.config.election.1)
-    }
-
-    async fn transfer_here(&self, to: Option<u64>) -> Reply<()> {
-        let metrics = self.metrics();
+        let called = |id| called(membership, id);
         let target = match to {
             Some(id) if id == self.config.id => return Reply::Done(()),
-            Some(id) if !is_voter(metrics.membership_config.membership(), id) => {
-                return Reply::Refused(format!("member {id} is not a voter"));
+            Some(id) if !is_voter(membership, id) => {
+                return Reply::Refused(format!(
+                    "{} is no voter: only a voter can lead",
+                    called(id)
+                ));
             }
             Some(id) if !self.answers(&metrics, id) => {
-                return Reply::Refused(format!("member {id} does not answer"));
+                return self.for_now(format!("{} does not answer", called(id)));
             }
             Some(id) => match self.ask_fitness(id).await {
                 Fit::Yes => id,
                 Fit::Reluctant(why) | Fit::Barred(why) => {
-                    return Reply::Refused(format!("member {id} is not fit to lead: {why}"));
+                    return Reply::Refused(format!("{} is not fit to lead: {why}", called(id)));
                 }
             },
             // This one leaves, most likely: better a reluctant leader than an election.
             None => match self.successor(true).await {
                 Ok(id) => id,
-                Err(why) => return Reply::Refused(why),
+                Err(why) => return self.for_now(why),
             },
         };
         self.transfer_to(target).await
@@ -212,38 +131,11 @@ impl Inner {
         let moved = leader.wait_for(|now| now.is_some_and(|l| l != self.config.id));
         match tokio::time::timeout(self.config.election.1 * 4, moved).await {
             Ok(Ok(_)) => Reply::Done(()),
-            _ => Reply::Busy(format!("member {target} did not take over")),
+            _ => {
+                let metrics = self.metrics();
+                let name = called(metrics.membership_config.membership(), target);
+                Reply::Busy(format!("{name} did not take over"))
+            }
         }
     }
-
-    async fn change(&self, change: ChangeMembers<u64, Member>, retain: bool) -> Reply<()> {
-        match self.raft.change_membership(change, retain).await {
-            Ok(_) => Reply::Done(()),
-            Err(RaftError::Fatal(e)) => Reply::Busy(e.to_string()),
-            Err(RaftError::APIError(e)) => match e {
-                ClientWriteError::ForwardToLeader(_) => Reply::NotLeader,
-                ClientWriteError::LogEntryDiscarded(_) => Reply::Unknown,
-                ClientWriteError::PreconditionFailed(e) => Reply::Busy(e.to_string()),
-                ClientWriteError::ChangeMembershipError(e) => match e {
-                    ChangeMembershipError::InProgress(_)
-                    | ChangeMembershipError::UncommittedLeaderLog(_) => Reply::Busy(e.to_string()),
-                    other => Reply::Refused(other.to_string()),
-                },
-            },
-        }
-    }
-
-    /// Finish a change of voters that a former leader left half way. A voter that it removes leaves
-    /// the membership, as the former leader wanted: kept as a learner, it would come back.
-    pub(super) async fn finish_change(&self) {
-        let change = ChangeMembers::AddVoterIds(BTreeSet::new());
-        match self.change(change, false).await {
-            Reply::Done(()) => tracing::info!("finished the membership change of a former leader"),
-            reply => tracing::debug!(?reply, "membership change not finished yet"),
-        }
-    }
-}
-
-fn is_voter(membership: &Membership, id: u64) -> bool {
-    membership.voter_ids().any(|v| v == id)
 }

@@ -21,6 +21,9 @@ pub struct GroupConfig {
     /// A command is proposed again only while the log has not grown by more entries than this since
     /// the first attempt. With what may come in between, the machine must remember twice as many.
     pub retry_entries: u64,
+    /// A learner becomes a voter when it has been close to the end of the log, and answered, for
+    /// so long without a break.
+    pub promote_after: Duration,
     /// Longest time between two checkpoints of changed state.
     pub checkpoint_interval: Duration,
     /// A member whose disk was too slow to lead is trusted again after this long without a slow write.
@@ -37,6 +40,8 @@ impl GroupConfig {
     ///   0.3 s. Fsyncs do not matter here: heartbeats do not wait for the disk.
     /// * A snapshot every 64 MiB of log, 20,000 entries kept behind it: a member that was away for
     ///   a minute under load catches up from the log.
+    /// * A learner is promoted after a steady second: longer than a leader's lease, so that one which
+    ///   comes and goes, or is paused by its disk, is seen to.
     /// * A checkpoint every 250 ms or 1 MiB of changes: a few hundred milliseconds of log to apply
     ///   again after a crash, without large flushes that stall the log's fsyncs.
     pub fn new(id: u64, cluster_id: impl Into<String>) -> Self {
@@ -48,6 +53,7 @@ impl GroupConfig {
             snapshot_log_bytes: 64 << 20,
             keep_entries: 20_000,
             retry_entries: 32_768,
+            promote_after: Duration::from_secs(1),
             checkpoint_interval: Duration::from_millis(250),
             slow_disk_calm: Duration::from_secs(60),
         }

@@ -4,12 +4,14 @@ mod admin;
 mod config;
 mod divergence;
 mod fitness;
+mod membership;
 mod propose;
 mod queue;
 mod read;
 mod service;
 mod slow;
 mod status;
+mod steady;
 mod succession;
 mod upkeep;
 
@@ -49,8 +51,8 @@ const PROPOSALS_MAX: usize = 16 << 10;
 const FORWARDED_MAX: usize = 16 << 10;
 /// Bytes of each kind.
 const QUEUE_BYTES_MAX: usize = 64 << 20;
-/// A membership change is given this long.
-const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
+/// A membership change is given this long: less than a command line waits for one member's answer.
+const ADMIN_DEADLINE: Duration = Duration::from_secs(12);
 
 /// The fault of a member that was asked to stop.
 const SHUT_DOWN: &str = "shut down";
@@ -114,6 +116,9 @@ pub(crate) struct Inner {
     proposals: queue::Queue,
     forwarded: queue::Queue,
     receiving: Arc<tokio::sync::Mutex<()>>,
+    /// Held from the look at the membership to its change: nothing comes in between.
+    changing: tokio::sync::Mutex<()>,
+    steady: steady::Steady,
     cancel: CancellationToken,
     /// `stop` was called: it, and not the guard, ends everything.
     stopping: AtomicBool,
@@ -195,6 +200,8 @@ impl Group {
                 QUEUE_BYTES_MAX,
             ),
             receiving: Arc::default(),
+            changing: tokio::sync::Mutex::default(),
+            steady: steady::Steady::default(),
             cancel: CancellationToken::new(),
             stopping: AtomicBool::new(false),
             runtime: Handle::current(),
@@ -205,6 +212,7 @@ impl Group {
         fitness::spawn(&inner);
         slow::spawn(&inner);
         succession::spawn(&inner, ended);
+        steady::spawn(&inner);
         Ok(Self {
             _alive: Arc::new(Alive(inner.clone())),
             inner,
@@ -313,18 +321,30 @@ impl Group {
         set.join_next().await;
     }
 
-    /// Add a learner (or change a member's addresses). From any member.
+    /// Add a learner (or change a member's addresses). From any member. Refused when another member
+    /// has its name or its address.
     pub async fn add_learner(&self, id: u64, member: Member) -> Result<(), GroupError> {
         self.admin(Admin::AddLearner { id, member }).await
     }
 
-    /// Make a caught-up learner a voter. From any member.
+    /// Change a member's addresses. From any member. Refused when it is not, or no longer, in.
+    pub async fn update(&self, id: u64, member: Member) -> Result<(), GroupError> {
+        self.admin(Admin::Update { id, member }).await
+    }
+
+    /// Make a learner a voter, once it has been caught up for [`GroupConfig::promote_after`]. From
+    /// any member. Refused, with what is missing, when that takes too long.
     pub async fn promote(&self, id: u64) -> Result<(), GroupError> {
         self.admin(Admin::Promote { id }).await
     }
 
-    /// Remove a member. From any member. Refused when the voters that answer now would no longer
-    /// be a majority.
+    /// Would [`Group::remove`] be refused now? Changes nothing.
+    pub async fn may_remove(&self, id: u64) -> Result<(), GroupError> {
+        self.admin(Admin::MayRemove { id }).await
+    }
+
+    /// Remove a member; a leader hands over first. From any member. Refused when the voters that
+    /// answer now would no longer be a majority; the text names those that do not.
     pub async fn remove(&self, id: u64) -> Result<(), GroupError> {
         self.admin(Admin::Remove { id }).await
     }

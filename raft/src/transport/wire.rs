@@ -233,10 +233,28 @@ pub(crate) fn decode_transfer(bytes: &[u8]) -> io::Result<TransferLeaderRequest<
 /// A change of the membership or of the leader, carried to the leader.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Admin {
-    AddLearner { id: u64, member: Member },
-    Promote { id: u64 },
-    Remove { id: u64 },
-    Transfer { to: Option<u64> },
+    AddLearner {
+        id: u64,
+        member: Member,
+    },
+    Promote {
+        id: u64,
+    },
+    Remove {
+        id: u64,
+    },
+    Transfer {
+        to: Option<u64>,
+    },
+    /// New addresses of a member that is in; never lets one in.
+    Update {
+        id: u64,
+        member: Member,
+    },
+    /// Would `Remove` be refused now? Changes nothing.
+    MayRemove {
+        id: u64,
+    },
 }
 
 /// What a voter says when it is asked whether it should lead; the reasons in words.

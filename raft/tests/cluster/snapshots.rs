@@ -1,8 +1,10 @@
 //! Snapshots by log bytes, purges, members that are too far behind for the log.
 
-use crate::support::{BOUND, Cluster, Disk, eventually, padded};
+use crate::support::{BOUND, Cluster, Disk, eventually, member, padded};
 use mainstay_raft::GroupConfig;
+use mainstay_raft::transport::memory::Way;
 use mainstay_storage::log::Log;
+use std::time::Duration;
 
 fn small_logs(config: &mut GroupConfig) {
     config.snapshot_log_bytes = 64 << 10;
@@ -68,7 +70,7 @@ async fn a_new_member_on_files_joins_by_snapshot_and_votes() {
     cluster.add(3, true).await;
     cluster.nodes[&1]
         .group()
-        .add_learner(3, crate::support::member(3))
+        .add_learner(3, member(3))
         .await
         .unwrap();
     cluster.nodes[&2].group().promote(3).await.unwrap();
@@ -88,6 +90,48 @@ async fn a_new_member_on_files_joins_by_snapshot_and_votes() {
     cluster.halt(3).await;
     cluster.start(3).await;
     assert_eq!(cluster.get(3, "a").await, writes + 1);
+}
+
+/// Is a snapshot under way to this member?
+fn receiving(cluster: &Cluster, id: u64) -> bool {
+    let Ok(files) = std::fs::read_dir(cluster.nodes[&id].snapshots()) else {
+        return false;
+    };
+    let mut names = files.flatten().map(|f| f.file_name());
+    names.any(|name| name.to_string_lossy().ends_with(".incoming"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_joiner_killed_while_its_snapshot_arrives_joins_in_the_end() {
+    let mut cluster = Cluster::founded(2, small_logs).await;
+    let writes = write_until_purged(&cluster).await;
+    cluster.add(3, true).await;
+    // So slow that the snapshot can be met on its way.
+    let delay = Duration::from_millis(100);
+    let way = |delay| Way { cut: false, delay };
+    for id in [1, 2] {
+        cluster.net.set(id, 3, way(delay));
+        cluster.net.set(3, id, way(delay));
+    }
+    let adding = cluster.nodes[&1].group().clone();
+    adding.add_learner(3, member(3)).await.unwrap();
+    for _ in 0..3 {
+        eventually("a snapshot is under way", || receiving(&cluster, 3)).await;
+        cluster.halt(3).await;
+        assert_eq!(cluster.put(1, "b", 0).await, 0, "the others go on");
+        cluster.start(3).await;
+    }
+    for id in [1, 2] {
+        cluster.net.set(id, 3, Way::default());
+        cluster.net.set(3, id, Way::default());
+    }
+    cluster.nodes[&2].group().promote(3).await.unwrap();
+    assert_eq!(cluster.get(3, "a").await, writes);
+    assert!(
+        cluster.nodes[&3].machine.applied_commands() < writes,
+        "not from the log"
+    );
+    cluster.converge().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

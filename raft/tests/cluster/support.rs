@@ -279,6 +279,7 @@ impl Cluster {
         let mut config = GroupConfig::new(id, "test");
         config.election = (Duration::from_millis(200), Duration::from_millis(400));
         config.checkpoint_interval = Duration::from_millis(20);
+        config.promote_after = Duration::from_millis(300);
         (self.tune)(&mut config);
         let group =
             Group::start(config, log, engine, snapshots, node.machine.clone(), dialer).await?;

@@ -19,11 +19,17 @@ struct MemberView<'a> {
     peer_url: &'a str,
     role: &'static str,
     is_leader: bool,
+    /// Last log index known to be on its disk, how far that is behind, and whether it answers: known to
+    /// the leader only.
     matched: Option<u64>,
+    lag: Option<u64>,
+    answers: Option<bool>,
+    /// Its removal is recorded, and waits to be carried out.
+    leaving: bool,
 }
 
 impl<'a> MemberView<'a> {
-    fn new(id: u64, at: &'a MemberStatus, leader: Option<u64>) -> Self {
+    fn new(id: u64, at: &'a MemberStatus, status: &Status) -> Self {
         let role = match at.role {
             Role::Voter => "voter",
             Role::Learner => "learner",
@@ -35,8 +41,11 @@ impl<'a> MemberView<'a> {
             registry_url: &at.member.registry_url,
             peer_url: &at.member.peer_url,
             role,
-            is_leader: leader == Some(id),
+            is_leader: status.leader == Some(id),
             matched: at.matched,
+            lag: at.matched.map(|m| status.last_log.saturating_sub(m)),
+            answers: None,
+            leaving: false,
         }
     }
 }
@@ -44,8 +53,14 @@ impl<'a> MemberView<'a> {
 pub(super) async fn members(State(api): State<ApiState>) -> Response {
     let status = api.app.group().status();
     let all = status.members.iter();
+    let answering = status.is_leader().then(|| api.app.group().answering());
+    let retired = api.app.retired();
     let all: Vec<_> = all
-        .map(|(&id, at)| MemberView::new(id, at, status.leader))
+        .map(|(&id, at)| MemberView {
+            answers: answering.as_ref().map(|all| all.contains(&id)),
+            leaving: retired.contains(&MemberId(id)),
+            ..MemberView::new(id, at, &status)
+        })
         .collect();
     envelope::ok(&all)
 }
