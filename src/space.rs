@@ -36,7 +36,7 @@ pub enum LowDisk {
     Bytes(u64),
     /// This part of the file system, in percent.
     Percent(u8),
-    /// [`PERCENT`], at most [`BYTES_MAX`].
+    /// 5% of the disk, at most 2 GiB.
     Default,
 }
 

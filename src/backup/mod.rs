@@ -7,7 +7,7 @@
 //! whoever receives: FILE.partial -> read again and checked, state and all -> fsync -> FILE
 //! ```
 //!
-//! * [`export`]: a member's side. * [`file`]: the receiver's. * [`inspect`]: the check, and what is in it.
+//! * [`export`]: a member's side. * [`mod@file`]: the receiver's. * [`inspect`]: the check, and what is in it.
 //! * [`restore`]: a new cluster from one. * [`schedule`]: a member that saves by itself, and keeps the newest.
 
 pub mod export;

@@ -4,6 +4,7 @@ mod frame;
 pub(crate) mod link;
 pub mod memory;
 pub(crate) mod network;
+mod pipeline;
 pub(crate) mod server;
 pub(crate) mod snapshot;
 pub(crate) mod wire;

@@ -2,6 +2,7 @@
 //! the control lane, snapshots over connections of their own. Keeps one pair of links per member.
 
 use super::link::{Link, LinkError, Target, connect};
+use super::pipeline::pipeline;
 use super::wire::{self, Lane, SnapshotBegin, kind};
 use super::{Dialer, Member, snapshot};
 use crate::codec::VoteV1;
@@ -9,7 +10,7 @@ use crate::store::snapshot::{Snapshot, SnapshotData};
 use crate::types::{RpcError, Types, Vote};
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::stream::{BoxStream, FuturesOrdered};
+use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use openraft::errors::{NetworkError, ReplicationClosed, StreamingError, Timeout, Unreachable};
 use openraft::network::{
@@ -21,15 +22,13 @@ use openraft::raft::{
 };
 use openraft::{OptionalSend, RPCTypes, RaftNetworkFactory};
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
-/// Appends outstanding to one member.
-const PIPELINE: usize = 32;
 /// An append is answered after the other member's fsync; a bad one takes a second and more.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(4);
 /// Logs stay this long after a snapshot was sent, so that its receiver finds what follows.
@@ -280,66 +279,6 @@ impl NetStreamAppend<Types> for Peer {
         let answers = pipeline(input, send, |answer| matches!(answer, Ok(Ok(_))));
         Box::pin(async move { Ok(answers.boxed()) })
     }
-}
-
-/// Answers in the order of the requests, of which up to [`PIPELINE`] are outstanding.
-///
-/// The core takes the answer to one request for the answer to every later one that ends at the same
-/// position or before it, and believes that the quorum was asked when the last of them was sent. A
-/// request without entries (`send` says so) ends where earlier ones do, so behind it nothing is sent
-/// until it is answered, and good answers to what came before it are held until then: else a read
-/// could be confirmed by an answer that was given before the read arrived, by a member that has
-/// elected another leader since.
-fn pipeline<'s, R: 's, A, F>(
-    input: impl Stream<Item = R> + Unpin + Send + 's,
-    send: impl FnMut(R) -> (bool, F) + Send + 's,
-    good: impl Fn(&A) -> bool + Send + 's,
-) -> impl Stream<Item = A> + Send + 's
-where
-    A: Send + 's,
-    F: Future<Output = A> + Send + 's,
-{
-    struct Line<I, S, G, A, F: Future> {
-        input: futures::stream::Fuse<I>,
-        send: S,
-        good: G,
-        outstanding: FuturesOrdered<F>,
-        /// The newest outstanding request carries no entries.
-        gated: bool,
-        held: VecDeque<A>,
-    }
-    let line = Line {
-        input: input.fuse(),
-        send,
-        good,
-        outstanding: FuturesOrdered::new(),
-        gated: false,
-        held: VecDeque::new(),
-    };
-    futures::stream::unfold(line, async |mut line| {
-        loop {
-            if line.outstanding.is_empty() {
-                line.gated = false;
-            }
-            let waits = line.gated && line.held.iter().all(&line.good);
-            if !waits && let Some(answer) = line.held.pop_front() {
-                return Some((answer, line));
-            }
-            let more = !line.gated && line.outstanding.len() < PIPELINE;
-            tokio::select! {
-                biased;
-                Some(answer) = line.outstanding.next(), if !line.outstanding.is_empty() => {
-                    line.held.push_back(answer);
-                }
-                Some(request) = line.input.next(), if more => {
-                    let (empty, answer) = (line.send)(request);
-                    line.outstanding.push_back(answer);
-                    line.gated = empty;
-                }
-                else => return None,
-            }
-        }
-    })
 }
 
 impl NetVote<Types> for Peer {
