@@ -193,6 +193,8 @@ async fn a_learner_that_comes_and_goes_is_not_promoted() {
         eventually("hear it", || group.answering().contains(&4)).await;
         cluster.net.isolate(4, &[1, 2, 3], true);
         eventually("lose it", || !group.answering().contains(&4)).await;
+        // Long enough for one of the leader's looks, which are 50 ms apart, to fall into it.
+        tokio::time::sleep(Duration::from_millis(250)).await;
         assert_eq!(group.status().members[&4].role, Role::Learner);
         cluster.net.isolate(4, &[1, 2, 3], false);
     }
