@@ -45,7 +45,7 @@ pub async fn keep(root: PathBuf, group: Group) {
             return;
         }
         // Changes of the members are rare, those of the status are not.
-        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
 }
 

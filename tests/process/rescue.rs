@@ -174,6 +174,16 @@ async fn a_damaged_member_is_repaired_by_the_command_that_its_refusal_names() {
     let at = data.to_str().unwrap().to_owned();
     // A clean stop, so that the state store has a checkpoint to damage.
     for (round, what) in ["log", "state"].into_iter().enumerate() {
+        until(
+            "it has noted the members",
+            Duration::from_secs(20),
+            || async {
+                let noted = std::fs::read_to_string(data.join("members")).unwrap_or_default();
+                let named = |m: &crate::cluster::Member| noted.contains(&m.api);
+                cluster.members.iter().all(named).then_some(())
+            },
+        )
+        .await;
         cluster.stop(2).await;
         fails(
             &["member", "repair", "--data-dir", &at],

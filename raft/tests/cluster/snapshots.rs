@@ -174,7 +174,12 @@ async fn a_snapshot_over_a_thin_line_ends_once() {
             answer.unwrap();
         }
     }
-    write_until_purged(&cluster).await;
+    // Slowly: what a fast machine writes behind the last snapshot would take the line minutes.
+    let purged = || cluster.nodes[&1].memory_log().state().purged;
+    while purged().is_none() {
+        cluster.put(1, "v", 1).await;
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
     cluster.add(2, false).await;
     let leader = cluster.nodes[&1].group().clone();
     let log = || cluster.nodes[&1].memory_log().state();
@@ -185,7 +190,7 @@ async fn a_snapshot_over_a_thin_line_ends_once() {
         for n in 0.. {
             let id = cluster.command_id();
             leader
-                .propose(padded(id, "w", 1, 4000), BOUND)
+                .propose(padded(id, "w", 1, 1000), BOUND)
                 .await
                 .unwrap();
             if n % 8 == 0 && cluster.nodes[&2].machine.get("w") > 0 {
