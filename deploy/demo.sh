@@ -110,7 +110,7 @@ three_voters() { [[ $(cloud member list | grep -c voter) == 3 ]]; }
 node_active() { curl -fs "$(api 1)/api/v1/node" | grep -q '"Active"'; }
 
 node() {
-    background node1 "$bin" node join "$endpoints" --name node1 --host 127.0.0.1 --data-dir "$dir/node1"
+    background node1 "$bin" node join "$endpoints" --name node1 --host 127.0.0.1 --data-dir "$dir/node1" --reserve-space 1G
     until_true 30 "the node has joined" node_active
     cloud node list
 }

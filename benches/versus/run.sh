@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every side-by-side figure of the README, one after the other. About an hour and a half on two cores.
+# Every side-by-side figure of the README, one after the other. About two hours on two cores.
 # Needs a release build (make bench makes it) and, beyond deploy/install-deps.sh: etcd-server etcd-client rsync python3.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -15,6 +15,7 @@ guest/build.sh "$guest"
 benches/versus/p1_p2.py
 benches/versus/p4.py 50 10
 benches/versus/p12.py
+benches/versus/p13.py
 benches/versus/p14.py
 benches/versus/p5_p6.py
 benches/versus/p10.py "$guest"

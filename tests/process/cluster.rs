@@ -411,6 +411,8 @@ impl Cluster {
             .arg("--data-dir")
             .arg(self.dir.path().join(name))
             .args(extra)
+            // How full this machine's disk is says nothing about Mainstay; a flag in `extra` goes first.
+            .env("MAINSTAY_NODE_RESERVE_SPACE", "1G")
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
