@@ -36,9 +36,7 @@ pub(super) async fn run(app: App, config: ReconcileConfig) {
 
 fn ended(state: &State, retention_ms: u64, now_ms: u64) -> Vec<InstanceId> {
     let now = now_ms.max(state.clock_ms);
-    let over = state.instances.values().filter(|i| {
-        i.ended_ms
-            .is_some_and(|at| at.saturating_add(retention_ms) <= now)
-    });
-    over.map(|i| i.id.clone()).take(EXPIRE_MAX).collect()
+    let over = |at: &u64| at.saturating_add(retention_ms) <= now;
+    let ended = state.ended().take_while(|(at, _)| over(at));
+    ended.map(|(_, id)| id.clone()).take(EXPIRE_MAX).collect()
 }

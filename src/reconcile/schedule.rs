@@ -40,7 +40,7 @@ pub(super) async fn run(app: App, config: ReconcileConfig) {
 
 async fn look(app: &App, limit: usize) -> Result<Vec<Binding>, ()> {
     let state = app.read(Consistency::Stale).await.map_err(|_| ())?;
-    if state.waiting().next().is_none() {
+    if !state.any_waits() {
         return Ok(Vec::new());
     }
     Ok(plan::place_at(&state, limit, stamp::now_ms()).bindings)

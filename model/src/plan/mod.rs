@@ -3,8 +3,9 @@
 //!
 //! Waiting instances are taken in their order (priority, age, id). For each, nodes are filtered
 //! and the best by `score::Score` is taken; room given away in the same plan is counted.
-//! Instances that ask for the same thing share one queue of candidates, so that a plan costs about
-//! (different requests x nodes) + (bindings x log nodes), not instances x nodes.
+//! Instances that ask for the same thing wait in one line and share one queue of candidates, and a line ends
+//! with the first that no node can take: a plan costs about (different requests x nodes)
+//! + (bindings x log nodes), however many wait.
 
 mod explain;
 mod queue;
@@ -22,8 +23,19 @@ use score::Request;
 pub struct Plan {
     /// To be proposed as one `Bind`.
     pub bindings: Vec<Binding>,
-    /// One sentence for each instance that was looked at and stays in Scheduling.
-    pub waiting: Vec<(InstanceId, String)>,
+    /// Why the rest waits, for each kind of request of which one was looked at and stays in Scheduling.
+    pub waiting: Vec<Refused>,
+}
+
+/// Instances that ask for the same thing, and that no node can take now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refused {
+    /// The next in turn.
+    pub first: InstanceId,
+    /// How many wait behind it.
+    pub behind: usize,
+    /// One sentence.
+    pub why: String,
 }
 
 /// Place up to `limit` waiting instances, at the time of the state's clock.
@@ -38,17 +50,30 @@ pub fn place_at(state: &State, limit: usize, now_ms: u64) -> Plan {
     let mut room = Room::of(state);
     let mut queues = Queues::default();
     let mut plan = Plan::default();
-    for instance in state.waiting() {
-        if plan.bindings.len() >= limit {
+    let mut lines = state.lines();
+    while plan.bindings.len() < limit {
+        let Some((id, line)) = lines.pop() else {
             break;
-        }
+        };
+        let Some(instance) = state.instances.get(id) else {
+            lines.go_on(line);
+            continue;
+        };
         match choose(state, &mut room, &mut queues, instance, now_ms) {
-            Ok(node) => plan.bindings.push(Binding {
-                instance: instance.id.clone(),
-                node: room.node(node).id.clone(),
-                generation: instance.generation,
+            Ok(node) => {
+                plan.bindings.push(Binding {
+                    instance: id.clone(),
+                    node: room.node(node).id.clone(),
+                    generation: instance.generation,
+                });
+                lines.go_on(line);
+            }
+            // Room is only ever given away within a plan: who stands behind it fails as well.
+            Err(why) => plan.waiting.push(Refused {
+                first: id.clone(),
+                behind: lines.behind(line),
+                why,
             }),
-            Err(why) => plan.waiting.push((instance.id.clone(), why)),
         }
     }
     plan

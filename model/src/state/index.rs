@@ -1,20 +1,22 @@
 //! What can be derived from the state but must be found fast: names of templates, who is on a
-//! node, what they take and which images they wait for, who waits for a node. Never stored; rebuilt on import. Decides nothing.
+//! node, what they take and which images they wait for, who waits for a node, who has ended. Never stored;
+//! rebuilt on import. Decides nothing.
 
 use super::State;
+use super::lines::{Kind, Lines, WaitKey};
 use crate::ids::{InstanceId, NodeId, TemplateId};
 use crate::instance::Instance;
 use crate::node::{Left, Load};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Priority, created at, id: the order of placement.
-pub(super) type WaitKey = (u32, u64, InstanceId);
-
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Index {
     template_names: BTreeMap<String, TemplateId>,
     nodes: BTreeMap<NodeId, Occupants>,
-    waiting: BTreeSet<WaitKey>,
+    /// Who waits for a node, those that ask for the same thing together. No line is empty.
+    waiting: BTreeMap<Kind, BTreeSet<WaitKey>>,
+    /// Ended instances, and since when.
+    ended: BTreeSet<(u64, InstanceId)>,
 }
 
 /// Who is on a node.
@@ -66,23 +68,37 @@ impl Occupants {
 #[derive(PartialEq)]
 pub(super) struct Place {
     waits: bool,
+    /// A node rejected it: no other instance has the same candidates.
+    alone: bool,
     starts: bool,
     on: Option<NodeId>,
+    ended_ms: Option<u64>,
 }
 
 impl Place {
     pub(super) fn of(instance: &Instance) -> Self {
         Self {
             waits: instance.waits(),
+            alone: !instance.rejections.is_empty(),
             starts: instance.starts(),
             on: instance.occupies().cloned(),
+            ended_ms: instance.ended_ms,
         }
     }
 }
 
 impl Index {
-    pub(super) fn waiting(&self) -> impl Iterator<Item = &WaitKey> {
-        self.waiting.iter()
+    pub(super) fn lines(&self) -> Lines<'_> {
+        Lines::new(self.waiting.values())
+    }
+
+    pub(super) fn any_waits(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Who has ended, the longest ago first, and since when.
+    pub(super) fn ended(&self) -> impl Iterator<Item = &(u64, InstanceId)> {
+        self.ended.iter()
     }
 
     pub(super) fn on_node(&self, node: &NodeId) -> impl Iterator<Item = &InstanceId> {
@@ -111,7 +127,12 @@ impl Index {
 
     pub(super) fn enter(&mut self, instance: &Instance) {
         if instance.waits() {
-            self.waiting.insert(wait_key(instance));
+            let kind = Kind::of(instance, !instance.rejections.is_empty());
+            let line = self.waiting.entry(kind).or_default();
+            line.insert(Kind::turn(instance));
+        }
+        if let Some(at) = instance.ended_ms {
+            self.ended.insert((at, instance.id.clone()));
         }
         if let Some(node) = instance.occupies() {
             let occupants = self.nodes.entry(node.clone()).or_default();
@@ -127,7 +148,16 @@ impl Index {
     /// `place` is where the instance was when it entered; its demand never changes.
     pub(super) fn leave(&mut self, instance: &Instance, place: &Place) {
         if place.waits {
-            self.waiting.remove(&wait_key(instance));
+            let kind = Kind::of(instance, place.alone);
+            if let Some(line) = self.waiting.get_mut(&kind) {
+                line.remove(&Kind::turn(instance));
+                if line.is_empty() {
+                    self.waiting.remove(&kind);
+                }
+            }
+        }
+        if let Some(at) = place.ended_ms {
+            self.ended.remove(&(at, instance.id.clone()));
         }
         let Some(node) = &place.on else { return };
         let Some(occupants) = self.nodes.get_mut(node) else {
@@ -191,14 +221,9 @@ impl Index {
         if self.waiting != fresh.waiting {
             return Err("index of waiting instances differs from the instances".into());
         }
+        if self.ended != fresh.ended {
+            return Err("index of ended instances differs from the instances".into());
+        }
         Ok(())
     }
-}
-
-fn wait_key(instance: &Instance) -> WaitKey {
-    (
-        instance.request.priority,
-        instance.created_ms,
-        instance.id.clone(),
-    )
 }

@@ -4,6 +4,7 @@
 mod edit;
 pub(crate) mod index;
 mod key;
+mod lines;
 mod recent;
 mod record;
 mod store;
@@ -19,6 +20,7 @@ use crate::node::{Left, Load, Node};
 use crate::outcome::Outcome;
 use crate::template::Template;
 use index::{Index, Occupants};
+use lines::Lines;
 use key::Key;
 use recent::Recent;
 use std::collections::{BTreeMap, BTreeSet};
@@ -104,9 +106,28 @@ impl State {
     /// Instances without a node, in the order in which they shall be placed: by priority, then
     /// by age, then by id.
     pub fn waiting(&self) -> impl Iterator<Item = &Instance> {
-        self.index
-            .waiting()
-            .filter_map(|(_, _, id)| self.instances.get(id))
+        let mut lines = self.lines();
+        std::iter::from_fn(move || {
+            let (id, line) = lines.pop()?;
+            lines.go_on(line);
+            Some(id)
+        })
+        .filter_map(|id| self.instances.get(id))
+    }
+
+    /// The same, those that ask for the same thing in one line.
+    pub(crate) fn lines(&self) -> Lines<'_> {
+        self.index.lines()
+    }
+
+    /// Whether any instance is without a node and wants one.
+    pub fn any_waits(&self) -> bool {
+        self.index.any_waits()
+    }
+
+    /// Instances that have ended, the longest ago first, and since when in Unix milliseconds.
+    pub fn ended(&self) -> impl Iterator<Item = (u64, &InstanceId)> {
+        self.index.ended().map(|(at, id)| (*at, id))
     }
 
     /// Instances that take room on a node, by id: what its agent is told about.

@@ -8,7 +8,8 @@ use mainstay_model::group::Group;
 use mainstay_model::instance::{Observation, ObservedPhase, Script, ScriptResult, Value, VmInfo};
 use mainstay_model::node::{CapacityMode, NodeConfig};
 use mainstay_model::{CommandId, Envelope, InstanceId, MemberId, NodeId, Outcome, State};
-use mainstay_model::{invariants, plan};
+use mainstay_model::invariants;
+use mainstay_model::plan::{self, Refused};
 use std::collections::{BTreeMap, BTreeSet};
 
 #[test]
@@ -214,8 +215,10 @@ fn planned(r: &mut Random, state: &State) -> Command {
         Outcome::Bound(bindings.len() as u32),
         "a fresh plan holds"
     );
-    for (id, why) in plan.waiting {
-        assert!(!why.is_empty() && !why.ends_with(": "), "{id}: {why:?}");
+    let behind: usize = plan.waiting.iter().map(|refused| refused.behind).sum();
+    assert!(behind <= waiting);
+    for Refused { first, why, .. } in plan.waiting {
+        assert!(!why.is_empty() && !why.ends_with(": "), "{first}: {why:?}");
     }
     Command::Bind { bindings }
 }

@@ -214,8 +214,12 @@ impl Runner {
                 for b in &plan.bindings {
                     writeln!(out, "{} -> {} at {}", b.instance, b.node, b.generation).unwrap();
                 }
-                for (id, why) in &plan.waiting {
-                    writeln!(out, "{id} waits: {why}").unwrap();
+                for refused in &plan.waiting {
+                    let (id, why) = (&refused.first, &refused.why);
+                    match refused.behind {
+                        0 => writeln!(out, "{id} waits: {why}").unwrap(),
+                        more => writeln!(out, "{id} and {more} more wait: {why}").unwrap(),
+                    }
                 }
             }
             _ => return None,
