@@ -5,8 +5,8 @@ use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
 use crate::instance::Instance;
 use crate::node::Load;
 use std::cmp::Reverse;
-use std::collections::btree_set::{self, BTreeSet};
 use std::collections::BinaryHeap;
+use std::collections::btree_set::{self, BTreeSet};
 
 /// Priority, created at, id: the order of placement.
 pub(super) type WaitKey = (u32, u64, InstanceId);

@@ -20,8 +20,8 @@ use crate::node::{Left, Load, Node};
 use crate::outcome::Outcome;
 use crate::template::Template;
 use index::{Index, Occupants};
-use lines::Lines;
 use key::Key;
+use lines::Lines;
 use recent::Recent;
 use std::collections::{BTreeMap, BTreeSet};
 

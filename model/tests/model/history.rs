@@ -6,10 +6,10 @@ use mainstay_model::codec::{decode_envelope, encode_envelope};
 use mainstay_model::command::{Binding, Command, TagSelector};
 use mainstay_model::group::Group;
 use mainstay_model::instance::{Observation, ObservedPhase, Script, ScriptResult, Value, VmInfo};
-use mainstay_model::node::{CapacityMode, NodeConfig};
-use mainstay_model::{CommandId, Envelope, InstanceId, MemberId, NodeId, Outcome, State};
 use mainstay_model::invariants;
+use mainstay_model::node::{CapacityMode, NodeConfig};
 use mainstay_model::plan::{self, Refused};
+use mainstay_model::{CommandId, Envelope, InstanceId, MemberId, NodeId, Outcome, State};
 use std::collections::{BTreeMap, BTreeSet};
 
 #[test]
