@@ -3,7 +3,7 @@
 //! | call | meaning |
 //! | --- | --- |
 //! | `POST /agent/v1/register` [`RegisterRequest`] -> [`RegisterResponse`] | join or come back; idempotent by node id |
-//! | `GET /agent/v1/desired?node_id=N` -> stream of [`DesiredSet`], one JSON object per line | first line at once, then one whenever the set changes, and the same again every few seconds as keepalive |
+//! | `GET /agent/v1/desired?node_id=N` -> stream of [`DesiredSet`], one JSON object per line | first line at once, then one whenever the set or the members change, and the same again every few seconds as keepalive |
 //! | `POST /agent/v1/report` [`Report`] -> [`ReportResponse`] | heartbeat and observations; refused by a member without a quorum behind it |
 //!
 //! Images come from the registry port: see [`crate::transfer::api`].
@@ -65,6 +65,10 @@ pub struct DesiredSet {
     /// The whole set. An instance that the agent runs and that is not here is unknown: it is
     /// reported, not destroyed; only `run == false` destroys.
     pub instances: Vec<DesiredInstance>,
+    /// API addresses of all members, as of now: told at once when they change. Empty: nothing is said.
+    pub controllers: Vec<String>,
+    /// Registry addresses of all members, likewise.
+    pub registries: Vec<String>,
 }
 
 /// One instance of the desired set.

@@ -25,6 +25,7 @@ pub(super) fn desired_set(state: &State, id: &NodeId) -> Option<wire::DesiredSet
     Some(wire::DesiredSet {
         generation: node.desired_generation,
         instances: instances.chain(left).collect(),
+        ..wire::DesiredSet::default()
     })
 }
 

@@ -35,11 +35,12 @@ use intake::Intake;
 use liveness::Heard;
 use mainstay_agent::wire::{RegisterRequest, RegisterResponse, Report, ReportResponse};
 use mainstay_model::{Command, NodeId};
+use mainstay_raft::Status;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
 use std::time::Duration;
-use streams::Streams;
+use streams::{Addresses, Streams};
 use tokio::task::{AbortHandle, JoinSet};
 
 /// Largest body from an agent: outputs of many scripts in one report.
@@ -104,7 +105,7 @@ impl AgentsState {
     /// Starts the exchange with the leader, through `peers`, and the watch over desired sets.
     pub fn new(app: App, liveness: Liveness, peers: PeerClient, config: AgentsConfig) -> Self {
         let mut tasks = JoinSet::new();
-        let streams = Streams::new();
+        let streams = Streams::new(addresses(&app.group().status()));
         let exchange = Exchange::new(config.exchange_grace);
         let abort = vec![
             tasks.spawn(streams::watch(app.clone(), streams.clone())),
@@ -200,7 +201,7 @@ async fn register(
         stats: inner.liveness.node_stats(&id).unwrap_or_default(),
         ..Heard::default()
     });
-    let (controllers, registries) = addresses(&inner.app);
+    let (controllers, registries) = addresses(&inner.app.group().status());
     Ok(Json(RegisterResponse {
         node_id: call.node_id,
         cluster_id: inner.config.cluster_id.clone(),
@@ -265,7 +266,7 @@ async fn report(
         inner.liveness.hear(&translate::heard(&call));
         inner.intake.take(call);
     }
-    let (controllers, registries) = addresses(&inner.app);
+    let (controllers, registries) = addresses(&inner.app.group().status());
     Ok(Json(ReportResponse {
         known,
         controllers,
@@ -285,8 +286,7 @@ async fn exchanged(
 }
 
 /// API and registry addresses of all members.
-fn addresses(app: &App) -> (Vec<String>, Vec<String>) {
-    let status = app.group().status();
+fn addresses(status: &Status) -> Addresses {
     let all = |url: fn(&mainstay_raft::Member) -> &String| {
         let urls = status.members.values().map(|m| url(&m.member).clone());
         urls.filter(|u| !u.is_empty()).collect()

@@ -1,6 +1,9 @@
 //! Streams of desired sets. One task per member looks, after each applied change, at the nodes that
 //! have a stream here, and wakes those whose set changed; ten thousand idle streams cost a look each.
+//! Every line also says where the members are, and one is sent when that changes: an agent that was given
+//! a single address knows the others as soon as there are any, whatever becomes of that one.
 
+use super::addresses;
 use super::desired::desired_set;
 use super::exchange::Exchange;
 use crate::app::{App, Consistency};
@@ -23,17 +26,29 @@ const STALE_BEATS: u32 = 3;
 
 type Desks = Arc<Mutex<BTreeMap<NodeId, watch::Sender<u64>>>>;
 
-/// Who waits for which node's set.
-#[derive(Clone, Default)]
+/// API and registry addresses of all members.
+pub(super) type Addresses = (Vec<String>, Vec<String>);
+
+/// Who waits for which node's set, and what all wait for.
+#[derive(Clone)]
 pub(super) struct Streams {
     desks: Desks,
+    members: watch::Sender<Arc<Addresses>>,
 }
 
-/// For ever: wake the streams of nodes whose set changed.
+/// For ever: wake the streams of nodes whose set changed, and all when the members did.
 pub(super) async fn watch(app: App, streams: Streams) {
-    let mut applied = app.group().watch();
-    while applied.changed().await.is_ok() {
+    let mut status = app.group().watch();
+    while status.changed().await.is_ok() {
         let began = Instant::now();
+        let members = addresses(&status.borrow_and_update());
+        streams.members.send_if_modified(|told| {
+            let new = **told != members;
+            if new {
+                *told = Arc::new(members);
+            }
+            new
+        });
         if let Ok(state) = app.read(Consistency::Stale).await {
             streams.desks.lock().retain(|id, desk| {
                 let now = state.nodes.get(id).map_or(0, |n| n.desired_generation);
@@ -50,14 +65,18 @@ struct Line {
     exchange: Exchange,
     id: NodeId,
     generation: watch::Receiver<u64>,
+    members: watch::Receiver<Arc<Addresses>>,
     beat: Duration,
     fresh: Instant,
-    last: Option<(u64, Bytes)>,
+    last: Option<(u64, Arc<Addresses>, Bytes)>,
 }
 
 impl Streams {
-    pub(super) fn new() -> Self {
-        Self::default()
+    pub(super) fn new(members: Addresses) -> Self {
+        Self {
+            desks: Desks::default(),
+            members: watch::Sender::new(Arc::new(members)),
+        }
     }
 
     /// A line at once, one on each change, and the last again every `beat`.
@@ -78,6 +97,7 @@ impl Streams {
             exchange,
             id,
             generation,
+            members: self.members.subscribe(),
             beat,
             fresh: Instant::now(),
             last: None,
@@ -92,8 +112,14 @@ impl Streams {
 impl Line {
     async fn next(&mut self) -> Option<Bytes> {
         if self.last.is_some() {
+            let news = async {
+                tokio::select! {
+                    set = self.generation.changed() => set,
+                    members = self.members.changed() => members,
+                }
+            };
             // Ended with the member, or time for a sign of life, or news.
-            if let Ok(Err(_)) = timeout(self.beat, self.generation.changed()).await {
+            if let Ok(Err(_)) = timeout(self.beat, news).await {
                 return None;
             }
         }
@@ -105,17 +131,21 @@ impl Line {
         let state = self.app.read(Consistency::Stale).await.ok()?;
         // A node that was removed has no set: its stream ends, and it registers again.
         let now = state.nodes.get(&self.id)?.desired_generation;
-        if let Some((generation, bytes)) = &self.last
+        let members = self.members.borrow_and_update().clone();
+        if let Some((generation, told, bytes)) = &self.last
             && *generation == now
+            && *told == members
         {
             return Some(bytes.clone());
         }
-        let set = desired_set(&state, &self.id)?;
+        let mut set = desired_set(&state, &self.id)?;
         drop(state);
+        set.controllers.clone_from(&members.0);
+        set.registries.clone_from(&members.1);
         let mut line = serde_json::to_vec(&set).ok()?;
         line.push(b'\n');
         let line = Bytes::from(line);
-        self.last = Some((now, line.clone()));
+        self.last = Some((now, members, line.clone()));
         Some(line)
     }
 }

@@ -109,7 +109,8 @@ fn about(id: u64) -> About {
     }
 }
 
-fn member(id: u64) -> Member {
+/// Where member `id` is said to be.
+pub fn member(id: u64) -> Member {
     let url = |port: u16| format!("http://c{id}:{port}");
     Member {
         name: format!("c{id}"),

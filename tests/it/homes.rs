@@ -1,12 +1,13 @@
 //! Which member an agent may call its home: one with a quorum behind it, whatever it thinks of itself.
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, member};
 use axum::body::Body;
 use http::{Request, StatusCode};
 use http_body_util::BodyExt as _;
 use mainstay::agents::{AgentsConfig, AgentsState, Liveness, agents_router, exchange_router};
 use mainstay::peer::PeerClient;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tower::ServiceExt as _;
 
@@ -14,8 +15,12 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 /// Member `n` answers agents and members, with short times.
 fn open(cluster: &mut Cluster, n: usize) {
+    open_with(cluster, n, Duration::from_millis(50));
+}
+
+fn open_with(cluster: &mut Cluster, n: usize, heartbeat: Duration) {
     let config = AgentsConfig {
-        heartbeat: Duration::from_millis(50),
+        heartbeat,
         exchange_every: Duration::from_millis(20),
         exchange_grace: Duration::from_millis(500),
         ..AgentsConfig::new("test", Duration::from_secs(20), Duration::from_secs(120))
@@ -40,6 +45,21 @@ async fn reports(cluster: &Cluster, n: usize, wanted: StatusCode) {
     }
 }
 
+/// The stream of node `n1`, from member `n`.
+async fn stream(cluster: &Cluster, n: usize) -> Body {
+    let request = Request::get("/agent/v1/desired?node_id=n1");
+    let request = request.body(Body::empty()).unwrap();
+    let api = cluster.members[n].api.clone();
+    api.oneshot(request).await.unwrap().into_body()
+}
+
+/// The next line of a stream.
+async fn line(stream: &mut Body) -> Value {
+    let next = tokio::time::timeout(LIMIT, stream.frame()).await;
+    let next = next.expect("a line in time").unwrap().unwrap();
+    serde_json::from_slice(&next.into_data().unwrap()).unwrap()
+}
+
 async fn exchange(cluster: &Cluster, n: usize, ask: Value) -> Value {
     let answer = cluster.call(n, "POST", "/peer/v1/nodes", ask).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
@@ -54,12 +74,8 @@ async fn a_leader_that_is_cut_off_sends_its_agents_away() {
     open(&mut cluster, leader);
     reports(&cluster, leader, StatusCode::OK).await;
     assert_eq!(exchange(&cluster, leader, json!({})).await["leader"], true);
-    let stream = Request::get("/agent/v1/desired?node_id=n1");
-    let stream = stream.body(Body::empty()).unwrap();
-    let api = cluster.members[leader].api.clone();
-    let mut stream = api.oneshot(stream).await.unwrap().into_body();
-    let first = stream.frame().await.unwrap().unwrap();
-    assert!(!first.into_data().unwrap().is_empty());
+    let mut stream = stream(&cluster, leader).await;
+    assert!(line(&mut stream).await["generation"].is_u64());
 
     let id = cluster.members[leader].id;
     cluster.network.isolate(id, &[1, 2, 3], true);
@@ -90,5 +106,33 @@ async fn nothing_is_kept_of_nodes_that_nobody_registered() {
         (&known[0]["node"], &known[0]["home"]),
         (&json!("n1"), &json!(5))
     );
+    cluster.stop().await;
+}
+
+/// No heartbeat comes to the help of this one: the agent's report may be as late as the member's end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_says_at_once_who_the_members_are_now() {
+    let mut cluster = Cluster::uninitialised(2).await;
+    let alone = BTreeMap::from([(1, member(1))]);
+    cluster.members[0].group.initialize(alone).await.unwrap();
+    cluster.leader().await;
+    cluster.node().await;
+    open_with(&mut cluster, 0, Duration::from_secs(600));
+    let mut stream = stream(&cluster, 0).await;
+    let first = line(&mut stream).await;
+    assert_eq!(first["controllers"], json!(["http://c1:8090"]));
+    let joins = cluster.members[0].group.add_learner(2, member(2));
+    joins.await.unwrap();
+    // The same may be said again before.
+    let news = loop {
+        let line = line(&mut stream).await;
+        if line != first {
+            break line;
+        }
+    };
+    let both = json!(["http://c1:8090", "http://c2:8090"]);
+    assert_eq!(news["controllers"], both);
+    let both = json!(["http://c1:8089", "http://c2:8089"]);
+    assert_eq!(news["registries"], both);
     cluster.stop().await;
 }

@@ -31,6 +31,13 @@ impl<T: Into<String>> From<T> for End {
     }
 }
 
+/// Where the members are, as a home tells it; what is empty was not told.
+#[derive(Clone, Default, PartialEq)]
+struct Members {
+    controllers: Vec<String>,
+    registries: Vec<String>,
+}
+
 pub(super) struct Session<'a> {
     sync: &'a Sync,
     url: String,
@@ -47,21 +54,24 @@ impl<'a> Session<'a> {
             Ok(beat) => beat,
             Err(end) => return end,
         };
-        let (news, told) = watch::channel((Vec::new(), Vec::new()));
-        let stream = self.stream(beat);
-        let reports = self.reports(beat, &news);
+        let (streamed, mut by_stream) = watch::channel(Members::default());
+        let (answered, mut by_answers) = watch::channel(Members::default());
+        let stream = self.stream(beat, &streamed);
+        let reports = self.reports(beat, &answered);
         tokio::pin!(stream, reports);
-        let mut told = told;
         loop {
-            tokio::select! {
+            let now = tokio::select! {
                 end = &mut stream => return end,
                 end = &mut reports => return end,
-                _ = told.changed() => {
-                    let (controllers, registries) = told.borrow_and_update().clone();
+                // At once, and it may be the last that this home says; only a report that it takes
+                // proves that it can serve.
+                _ = by_stream.changed() => by_stream.borrow_and_update().clone(),
+                _ = by_answers.changed() => {
                     homes.good();
-                    self.learn(homes, &controllers, &registries);
+                    by_answers.borrow_and_update().clone()
                 }
-            }
+            };
+            self.learn(homes, &now);
         }
     }
 
@@ -71,14 +81,24 @@ impl<'a> Session<'a> {
             .await?;
         let claimed = self.sync.identity.lock().claim_cluster(&answer.cluster_id);
         claimed.map_err(End::Stranger)?;
-        self.learn(homes, &answer.controllers, &answer.registries);
+        let members = Members {
+            controllers: answer.controllers,
+            registries: answer.registries,
+        };
+        self.learn(homes, &members);
         tracing::info!(controller = %self.url, node = %answer.node_id, "registered");
         let beat = Duration::from_millis(answer.heartbeat_ms);
         Ok(beat.clamp(BEAT_BOUNDS.0, BEAT_BOUNDS.1))
     }
 
-    fn learn(&self, homes: &mut Homes, controllers: &[String], registries: &[String]) {
-        homes.update(controllers);
+    fn learn(&self, homes: &mut Homes, members: &Members) {
+        let Members {
+            controllers,
+            registries,
+        } = members;
+        if !controllers.is_empty() {
+            homes.update(controllers);
+        }
         self.sync.sources.set(registries);
         let kept = self.sync.identity.lock().remember(controllers, registries);
         if let Err(error) = kept {
@@ -87,14 +107,14 @@ impl<'a> Session<'a> {
     }
 
     /// Desired sets, one a line, until the stream ends or falls silent.
-    async fn stream(&self, beat: Duration) -> End {
-        match self.read_stream(beat).await {
+    async fn stream(&self, beat: Duration, news: &watch::Sender<Members>) -> End {
+        match self.read_stream(beat, news).await {
             Ok(never) => never,
             Err(end) => end,
         }
     }
 
-    async fn read_stream(&self, beat: Duration) -> Result<End, End> {
+    async fn read_stream(&self, beat: Duration, news: &watch::Sender<Members>) -> Result<End, End> {
         let silence = beat * SILENT_BEATS;
         // The id is a UUID of our own making: nothing in it needs escaping.
         let node = &self.sync.introduction.node_id;
@@ -117,8 +137,17 @@ impl<'a> Session<'a> {
                 .map_err(|e| format!("the stream broke: {e}"))?;
             lines.push(&piece)?;
             while let Some(line) = lines.next() {
-                let set: DesiredSet = serde_json::from_slice(&line)
+                let mut set: DesiredSet = serde_json::from_slice(&line)
                     .map_err(|e| format!("the stream makes no sense: {e}"))?;
+                let members = Members {
+                    controllers: std::mem::take(&mut set.controllers),
+                    registries: std::mem::take(&mut set.registries),
+                };
+                news.send_if_modified(|told| {
+                    let new = *told != members;
+                    *told = members;
+                    new
+                });
                 if !self.sync.executor.accept(set) {
                     return Err("it sent an older desired set than we have".into());
                 }
@@ -127,11 +156,7 @@ impl<'a> Session<'a> {
     }
 
     /// A report every heartbeat, and soon after each change.
-    async fn reports(
-        &self,
-        beat: Duration,
-        news: &watch::Sender<(Vec<String>, Vec<String>)>,
-    ) -> End {
+    async fn reports(&self, beat: Duration, news: &watch::Sender<Members>) -> End {
         let mut changed = self.sync.executor.changed();
         let mut images = self.sync.executor.cache().changed();
         loop {
@@ -144,8 +169,10 @@ impl<'a> Session<'a> {
             if !answer.known {
                 return "it does not know this node: registering again".into();
             }
-            let (controllers, registries) = (answer.controllers, answer.registries);
-            news.send_replace((controllers, registries));
+            news.send_replace(Members {
+                controllers: answer.controllers,
+                registries: answer.registries,
+            });
             // Spread: no two nodes stay in step.
             let next = Instant::now() + beat * 3 / 4 + jitter(beat / 4);
             tokio::select! {

@@ -77,6 +77,34 @@ async fn members_that_were_told_are_remembered_over_a_restart() {
     assert_eq!(cluster.reports.borrow().node_id, seen.node_id);
 }
 
+/// A home that is removed before the next report is answered has said who else there is.
+#[tokio::test]
+async fn members_that_only_the_stream_told_are_used_and_remembered() {
+    let dir = tempfile::tempdir().unwrap();
+    let cluster = Cluster::new();
+    let (one, two) = (Stub::new(&cluster).await, Stub::new(&cluster).await);
+    let first = agent(dir.path(), &[&one]).await;
+    one.streamed(1).await;
+    let both = vec![one.url.clone(), two.url.clone()];
+    // Neither registrations nor reports are told of anybody, as before.
+    cluster.desired.send_modify(|set| set.controllers = both);
+    let kept = dir.path().join("node.json");
+    until("the list is on disk", async || {
+        std::fs::read_to_string(&kept).unwrap().contains(&two.url)
+    })
+    .await;
+    // Nothing is said of members, as by those of an earlier release: nothing is forgotten.
+    cluster.desired.send_modify(|set| set.controllers.clear());
+    cluster.want(vec![run("a", 2)]);
+    cluster.phase("a", "running").await;
+    let url = one.url.clone();
+    one.kill().await;
+    two.streamed(1).await;
+    first.kill().await;
+    let _second = agent_with(dir.path(), vec![url], 9).await;
+    two.streamed(2).await;
+}
+
 #[tokio::test]
 async fn an_older_set_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
