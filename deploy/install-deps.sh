@@ -1,12 +1,12 @@
 #!/bin/sh
-# Installs what `make demo` and `make test` need on Debian 12, 13 and Ubuntu: QEMU and the tools that
-# guest/build.sh uses. Run it as root or as a user who may sudo; where nothing is missing it does
+# Installs what `make demo` and `make test` need on Debian 12, 13 and Ubuntu: QEMU, skopeo and the
+# tools that guest/build.sh uses. Run it as root or as a user who may sudo; where nothing is missing it does
 # nothing and needs neither.
 set -eu
 export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 
 here=$(cd "$(dirname "$0")" && pwd)
-packages="qemu-system-x86 gcc $(grep -v '^#' "$here/../guest/packages.txt" | tr '\n' ' ')"
+packages="qemu-system-x86 gcc skopeo $(grep -v '^#' "$here/../guest/packages.txt" | tr '\n' ' ')"
 
 die() { echo "install-deps: $*" >&2; exit 1; }
 

@@ -27,6 +27,7 @@ use axum::Router;
 use axum::http::StatusCode;
 use mainstay_model::{MemberId, State};
 use mainstay_raft::{Group, GroupConfig};
+use mainstay_storage::blobs::BlobNames;
 use mainstay_storage::chunks::ChunkStore;
 use mainstay_storage::datadir::{DataDir, Identity};
 use mainstay_storage::engine::{Engine, SledEngine};
@@ -397,6 +398,7 @@ struct Stores {
     engine: Arc<dyn Engine>,
     snapshots: SnapshotDir,
     chunks: ChunkStore,
+    names: BlobNames,
 }
 
 impl Stores {
@@ -416,6 +418,7 @@ impl Stores {
             engine: Arc::new(SledEngine::open_on(&root.join("state"), disk.clone())?.for_good()),
             snapshots: SnapshotDir::open_on(&root.join("snapshots"), disk)?,
             chunks: ChunkStore::open(&root.join("chunks"))?,
+            names: BlobNames::open(&root.join("blobs"))?,
             space,
         })
     }
@@ -476,7 +479,7 @@ impl Member {
         let peers = MemberHttp::new(peer_client.clone(), group.clone());
         let registry = RegistryService::new(
             Arc::new(app.clone()),
-            stores.chunks,
+            (stores.chunks, stores.names),
             MemberId(id),
             Arc::new(peers.clone()),
             cli::VERSION.to_owned(),
@@ -487,6 +490,7 @@ impl Member {
         );
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&registry).replicate());
+        tasks.spawn(Arc::clone(&registry).tidy());
         tasks.spawn(space.watch(group.clone()));
         tasks.spawn(known::keep(port.config.data_dir.clone(), group.clone()));
         if let Some(schedule) = port.config.snapshots.clone() {
@@ -526,7 +530,7 @@ impl Member {
     }
 
     fn routers(&self, port: &Arc<PeerPort>, open: &Open) -> Routers {
-        let between_members = registry::transfer_router(Arc::clone(&self.registry))
+        let between_members = registry::peer_router(Arc::clone(&self.registry))
             .merge(agents::exchange_router(self.nodes.clone()));
         // Agents turn to another member when their streams end.
         let nodes = agents::agents_router(self.nodes.clone());

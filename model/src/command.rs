@@ -1,8 +1,9 @@
 //! Everything that can change the state. A command is a decision, never a policy; every id and
 //! every time in it was made by the proposer.
 
+use crate::artifact::ArtifactContent;
 use crate::group::Group;
-use crate::ids::{CommandId, Digest, GroupId, InstanceId, MemberId, NodeId, TemplateId};
+use crate::ids::{CommandId, Digest, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
 use crate::instance::{Observation, StartRequest, Value};
 use crate::node::{NodeConfig, NodeSpec};
 use serde::{Deserialize, Serialize};
@@ -188,6 +189,70 @@ pub enum Command {
         /// The voters without it: a tag that waits for more copies than these can hold waits no longer.
         voters: BTreeSet<MemberId>,
     },
+    /// A pushed OCI artifact, durable on `holder`. Invisible, as its tags are, until a majority holds it.
+    PutArtifact {
+        /// What and where.
+        put: Box<ArtifactPut>,
+    },
+    /// A member has every byte of an artifact, verified and durable (`held`), or no longer has.
+    ReportArtifactHeld {
+        /// Repository.
+        repository: String,
+        /// The OCI manifest.
+        digest: Sha256,
+        /// The bundle this is about; a report about other bytes is ignored.
+        bundle: Digest,
+        /// Who.
+        member: MemberId,
+        /// Gained or lost.
+        held: bool,
+        /// The voters, as in `ReportHeld`.
+        voters: BTreeSet<MemberId>,
+    },
+    /// Delete an artifact with all its tags.
+    DeleteArtifact {
+        /// Repository.
+        repository: String,
+        /// The OCI manifest.
+        digest: Sha256,
+    },
+    /// Delete one tag of a repository; the artifact stays, unless it is the template tag of that name.
+    DeleteArtifactTag {
+        /// Repository.
+        repository: String,
+        /// Which.
+        tag: String,
+    },
+}
+
+/// A pushed OCI artifact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ArtifactPut {
+    /// Made if there is none.
+    pub repository: String,
+    /// Tags that shall name it.
+    pub tags: Vec<String>,
+    /// What it is made of.
+    pub content: ArtifactContent,
+    /// It is a template tag as well, under the repository's name.
+    pub template: Option<ArtifactTemplate>,
+    /// The member whose disk has every byte.
+    pub holder: MemberId,
+    /// How many verified copies make it visible.
+    pub copies_needed: u32,
+    /// The member list that this was computed from: only copies of these count.
+    pub voters: BTreeSet<MemberId>,
+}
+
+/// The template side of an artifact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ArtifactTemplate {
+    /// Used only if no template has this name yet.
+    pub new_template_id: TemplateId,
+    /// Tag name, unique within the template.
+    pub tag: String,
+    /// What the tag is made of.
+    pub content: TagContent,
 }
 
 /// One placement decision.

@@ -8,15 +8,18 @@
 //! | 1 | `SetFeatures` itself: a cluster that remembers its level |
 //! | 2 | `RetireMember`: a cluster that remembers whom it let go |
 //! | 3 | remembered commands are stored sixteen to a key |
+//! | 4 | OCI artifacts: `PutArtifact` and what follows from it |
 
 use crate::command::Command;
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 3;
+pub const SUPPORTED: u32 = 4;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
 /// At which `RetireMember` may be logged.
 pub const RETIRE_MEMBER: u32 = 2;
+/// At which the commands about artifacts may be logged.
+pub const ARTIFACTS: u32 = 4;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it
@@ -24,6 +27,10 @@ impl Command {
     pub fn needs(&self) -> u32 {
         match self {
             Self::RetireMember { .. } => RETIRE_MEMBER,
+            Self::PutArtifact { .. }
+            | Self::ReportArtifactHeld { .. }
+            | Self::DeleteArtifact { .. }
+            | Self::DeleteArtifactTag { .. } => ARTIFACTS,
             _ => 0,
         }
     }

@@ -1,6 +1,7 @@
 //! What must hold after every command. Tests and the simulator ask after each step; `check` reads
 //! the whole state, so production asks seldom. Never repairs anything.
 
+use crate::artifact::{Artifact, Repository};
 use crate::instance::{Instance, InstanceState};
 use crate::limits;
 use crate::state::State;
@@ -16,6 +17,9 @@ pub fn check(state: &State) -> Result<(), String> {
     for (id, template) in &state.templates {
         ensure(id == &template.id, || format!("template {id}: other id"))?;
         check_template(template).map_err(|e| format!("template {id}: {e}"))?;
+    }
+    for (name, repository) in &state.repositories {
+        check_repository(state, repository).map_err(|e| format!("repository {name}: {e}"))?;
     }
     for (id, node) in &state.nodes {
         let ok = id == &node.id && !(node.reachable && node.lost);
@@ -72,6 +76,11 @@ pub fn check_step(before: &State, after: &State) -> Result<(), String> {
     for (id, old) in &before.templates {
         if let Some(new) = after.templates.get(id) {
             check_template_step(old, new).map_err(|e| format!("template {id}: {e}"))?;
+        }
+    }
+    for (name, old) in &before.repositories {
+        if let Some(new) = after.repositories.get(name) {
+            check_repository_step(old, new).map_err(|e| format!("repository {name}: {e}"))?;
         }
     }
     Ok(())
@@ -131,6 +140,64 @@ fn check_template(template: &Template) -> Result<(), String> {
         })?;
     }
     Ok(())
+}
+
+fn check_repository(state: &State, repository: &Repository) -> Result<(), String> {
+    ensure(!repository.artifacts.is_empty(), || {
+        "has no artifact".into()
+    })?;
+    for (digest, artifact) in &repository.artifacts {
+        let at = |what: &str| format!("{digest}: {what}");
+        ensure(*digest == artifact.content.digest, || at("other digest"))?;
+        ensure(artifact.copies_needed >= 1, || at("needs no copy"))?;
+        let waits = !artifact.waiting_tags.is_empty();
+        ensure(!waits || !artifact.visible(), || {
+            at("tags wait for nothing")
+        })?;
+        let mut puts = artifact.waiting_tags.values();
+        ensure(puts.all(|put| *put <= repository.puts), || {
+            at("a put to come")
+        })?;
+        let there = artifact.template_tags.iter().all(|(id, number)| {
+            let template = state.templates.get(id);
+            template.is_some_and(|t| t.tags.contains_key(number))
+        });
+        ensure(there, || at("its template tag is gone"))?;
+    }
+    for (name, tag) in &repository.tags {
+        ensure(repository.artifact(&tag.artifact).is_some(), || {
+            format!("tag {name} names nothing visible")
+        })?;
+        ensure(tag.put <= repository.puts, || {
+            format!("tag {name} is of a put to come")
+        })?;
+    }
+    Ok(())
+}
+
+fn check_repository_step(old: &Repository, new: &Repository) -> Result<(), String> {
+    ensure(new.puts >= old.puts, || "puts went back".into())?;
+    for (digest, artifact) in &new.artifacts {
+        let was = old.artifacts.get(digest).filter(|was| was.visible());
+        let kept = was.is_none_or(|was| {
+            was.content == artifact.content && was.visible_ms == artifact.visible_ms
+        });
+        ensure(kept, || format!("{digest} became another"))?;
+        ensure(was.is_some() || artifact_shown_rightly(artifact), || {
+            format!("{digest} is visible with too few copies")
+        })?;
+    }
+    for (name, tag) in &new.tags {
+        let was = old.tags.get(name);
+        ensure(was.is_none_or(|was| was.put <= tag.put), || {
+            format!("tag {name} went back to an earlier put")
+        })?;
+    }
+    Ok(())
+}
+
+fn artifact_shown_rightly(artifact: &Artifact) -> bool {
+    !artifact.visible() || artifact.holders.len() as u64 >= u64::from(artifact.copies_needed)
 }
 
 fn check_instance_step(old: &Instance, new: &Instance) -> Result<(), String> {

@@ -8,6 +8,7 @@
 //! * [`codec`] is the only place that knows how these types become bytes.
 
 pub mod apply;
+pub mod artifact;
 pub mod codec;
 pub mod command;
 pub mod feature;
@@ -26,6 +27,6 @@ pub mod state;
 pub mod template;
 
 pub use command::{Command, Envelope};
-pub use ids::{CommandId, GroupId, InstanceId, MemberId, NodeId, TemplateId};
+pub use ids::{CommandId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
 pub use outcome::{Outcome, Refusal};
 pub use state::State;

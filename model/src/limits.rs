@@ -42,6 +42,16 @@ pub const NODE_IMAGES: usize = 4_096;
 pub const TEMPLATES: usize = 100_000;
 /// Tags of one template at once.
 pub const TAGS: usize = 10_000;
+/// Repositories known at once.
+pub const REPOSITORIES: usize = 100_000;
+/// Artifacts of one repository at once: listing who refers to one reads them all.
+pub const ARTIFACTS: usize = 10_000;
+/// Tags of one repository at once.
+pub const REPOSITORY_TAGS: usize = 20_000;
+/// Tags of one put, and tags that wait for one artifact.
+pub const ARTIFACT_TAGS: usize = 64;
+/// Blobs of one artifact: they stand in the log entry, 40 bytes each.
+pub const ARTIFACT_BLOBS: usize = 1_000;
 /// Members recorded as holders of one tag, members that are gone included.
 pub const HOLDERS: usize = 64;
 /// Members that were taken out and are remembered; the oldest is forgotten.

@@ -1,6 +1,6 @@
 //! What applying a command answers. A refusal is data: it is replayed like success.
 
-use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
+use crate::ids::{GroupId, InstanceId, NodeId, Sha256, TemplateId};
 use serde::{Deserialize, Serialize};
 
 /// The answer to one command; the same on every member and for every retry.
@@ -46,4 +46,8 @@ pub enum Refusal {
     Conflict(String),
     /// No such group.
     GroupUnknown(GroupId),
+    /// No such repository.
+    RepositoryUnknown(String),
+    /// No such artifact in the repository.
+    ArtifactUnknown(Sha256),
 }

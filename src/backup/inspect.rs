@@ -57,14 +57,14 @@ pub struct Counts {
     pub tags: usize,
 }
 
-/// A manifest that tags name.
+/// A manifest that tags of templates or OCI artifacts name.
 #[derive(Clone, Debug, Serialize)]
 pub struct Image {
     /// Its digest.
     pub manifest: String,
     /// Logical bytes of its files.
     pub size: u64,
-    /// `template:tag` of each tag that names it.
+    /// `template:tag` of each tag that names it, `repository@digest` of each artifact.
     pub tags: Vec<String>,
     /// Ids of the members with every byte.
     pub holders: BTreeSet<String>,
@@ -153,6 +153,22 @@ fn images(state: &State) -> Vec<Image> {
             image
                 .holders
                 .extend(tag.holders.iter().map(ToString::to_string));
+        }
+    }
+    for (name, repository) in &state.repositories {
+        for (digest, artifact) in &repository.artifacts {
+            let content = &artifact.content;
+            let sizes = content.blobs.iter().map(|blob| blob.size);
+            let size = sizes.fold(content.size, u64::saturating_add);
+            let image = images.entry(content.bundle).or_insert_with(|| Image {
+                manifest: content.bundle.to_string(),
+                size,
+                tags: Vec::new(),
+                holders: BTreeSet::new(),
+            });
+            image.tags.push(format!("{name}@{digest}"));
+            let holders = artifact.holders.iter().map(ToString::to_string);
+            image.holders.extend(holders);
         }
     }
     images.into_values().collect()

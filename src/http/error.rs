@@ -92,7 +92,9 @@ impl From<Refusal> for ApiError {
             Refusal::TemplateUnknown(_)
             | Refusal::InstanceUnknown(_)
             | Refusal::NodeUnknown(_)
-            | Refusal::GroupUnknown(_) => Self::not_found(),
+            | Refusal::GroupUnknown(_)
+            | Refusal::RepositoryUnknown(_)
+            | Refusal::ArtifactUnknown(_) => Self::not_found(),
             Refusal::TagUnknown(tag) => Self::fail(format!("No such tag {tag}")),
             Refusal::TagTaken(tag) => {
                 Self::fail(format!("Tag {tag} already exists with other content"))

@@ -127,6 +127,15 @@ fn only_there(state: &Cloud, status: &Status, id: u64) -> Vec<String> {
             }
         }
     }
+    for (name, repository) in &state.repositories {
+        for artifact in repository.artifacts.values() {
+            let elsewhere = |h: &MemberId| h.0 != id && status.members.contains_key(&h.0);
+            let held = artifact.holders.contains(&MemberId(id));
+            if held && !artifact.holders.iter().any(elsewhere) {
+                lost.push(format!("{name}@{}", artifact.content.digest));
+            }
+        }
+    }
     lost
 }
 

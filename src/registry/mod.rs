@@ -9,6 +9,7 @@
 //! * `replicate`: makes this member hold every tag; `replicas` shows how far that is.
 //! * `dialect`: the registry's REST dialect for third parties.
 //! * `answer`: envelope, parameters, refusals.
+//! * `oci`: the OCI distribution API over the same store and commits.
 //!
 //! ```text
 //! push -> chunks durable here -> PublishTag -> peers see it, fetch, verify, fsync -> ReportHeld -> visible
@@ -18,6 +19,7 @@ mod answer;
 mod catalog;
 mod dialect;
 mod fetch;
+mod oci;
 mod publish;
 mod replicas;
 mod replicate;
@@ -32,6 +34,7 @@ use axum::Router;
 use axum::routing::{delete, get, post, put};
 use mainstay_agent::transfer::api;
 use mainstay_model::MemberId;
+use mainstay_storage::blobs::BlobNames;
 use mainstay_storage::chunks::ChunkStore;
 use std::sync::Arc;
 use tokio::sync::{Notify, Semaphore};
@@ -65,12 +68,16 @@ pub type Room = dyn Fn() -> Result<(), String> + Send + Sync;
 pub struct RegistryService {
     catalog: Arc<dyn Catalog>,
     chunks: ChunkStore,
+    /// Uploaded blobs that no artifact may name yet.
+    names: BlobNames,
+    uploads: oci::Uploads,
     member: MemberId,
     peers: Arc<dyn PeerHttp>,
     version: String,
     readers: Semaphore,
     writers: Semaphore,
     walks: Semaphore,
+    sums: Semaphore,
     read_through: Semaphore,
     room: Box<Room>,
     progress: replicas::ProgressMap,
@@ -83,21 +90,25 @@ impl RegistryService {
     /// anything is stored: the log on the same disk must never find it full.
     pub fn new(
         catalog: Arc<dyn Catalog>,
-        chunks: ChunkStore,
+        stores: (ChunkStore, BlobNames),
         member: MemberId,
         peers: Arc<dyn PeerHttp>,
         version: String,
         room: Box<Room>,
     ) -> Arc<Self> {
+        let (chunks, names) = stores;
         Arc::new(Self {
             catalog,
             chunks,
+            names,
+            uploads: oci::Uploads::default(),
             member,
             peers,
             version,
             readers: Semaphore::new(READERS_MAX),
             writers: Semaphore::new(WRITERS_MAX),
             walks: Semaphore::new(WALKS_MAX),
+            sums: Semaphore::new(1),
             room,
             read_through: Semaphore::new(READ_THROUGH_MAX),
             progress: replicas::ProgressMap::default(),
@@ -116,8 +127,13 @@ impl RegistryService {
     }
 }
 
-/// The transfer protocol, for the registry port and for the peer port (which authenticates first).
-pub fn transfer_router(service: Arc<RegistryService>) -> Router {
+/// Everything that members ask each other; the peer port authenticates first.
+pub fn peer_router(service: Arc<RegistryService>) -> Router {
+    transfer_router(Arc::clone(&service)).merge(oci::peer_router(service))
+}
+
+/// The transfer protocol, for clients and members alike.
+fn transfer_router(service: Arc<RegistryService>) -> Router {
     Router::new()
         .route(api::MISSING, post(transfer::missing))
         .route(api::CHUNKS, put(transfer::receive).post(transfer::receive))
@@ -146,7 +162,8 @@ pub fn registry_router(service: Arc<RegistryService>) -> Router {
         .route("/registry/disk", get(dialect::disk))
         .with_state(Arc::clone(&service));
     let inner = dialect
-        .merge(transfer_router(service))
+        .merge(transfer_router(Arc::clone(&service)))
+        .merge(oci::router(service))
         .fallback(answer::not_found);
     Router::new().fallback_service(MapRequest::new(inner, answer::collapse_slashes))
 }

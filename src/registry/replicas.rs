@@ -9,7 +9,7 @@ use axum::extract::{Request, State};
 use http::StatusCode;
 use mainstay_agent::transfer::CHUNK_LEN;
 use mainstay_agent::transfer::api::{self, Answer, Replica};
-use mainstay_model::ids::Digest;
+use mainstay_model::ids::{Digest, Sha256};
 use mainstay_model::{MemberId, TemplateId};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -23,9 +23,24 @@ const PEER_MAX: Duration = Duration::from_secs(3);
 /// One copy to make.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key {
-    pub template: TemplateId,
-    pub number: u32,
+    pub owner: Owner,
     pub manifest: Digest,
+}
+
+/// What the copy is of.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Owner {
+    Tag { template: TemplateId, number: u32 },
+    Artifact { repository: String, digest: Sha256 },
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.owner {
+            Owner::Tag { template, number } => write!(f, "template {template} tag {number}"),
+            Owner::Artifact { repository, digest } => write!(f, "{repository}@{digest}"),
+        }
+    }
 }
 
 /// How far a copy is.
@@ -114,8 +129,10 @@ pub(super) async fn list(
     let find = |state: &mainstay_model::State| {
         which.find(state).map(|(template, tag)| {
             let key = Key {
-                template: template.id.clone(),
-                number: tag.number,
+                owner: Owner::Tag {
+                    template: template.id.clone(),
+                    number: tag.number,
+                },
                 manifest: tag.content.manifest,
             };
             (key, tag.holders.clone())
@@ -191,11 +208,12 @@ impl RegistryService {
     }
 
     async fn ask_peer(&self, id: MemberId, key: &Key) -> Result<Option<Replica>, String> {
+        let Owner::Tag { template, number } = &key.owner else {
+            return Ok(None);
+        };
         let path = format!(
-            "{}?local=1&template={}&number={}",
-            api::REPLICAS,
-            key.template,
-            key.number
+            "{}?local=1&template={template}&number={number}",
+            api::REPLICAS
         );
         let request = self.peers.request(reqwest::Method::GET, id, &path);
         let request = request.ok_or("its address is not known")?.timeout(PEER_MAX);

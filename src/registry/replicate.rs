@@ -1,13 +1,13 @@
-//! Makes this member hold every tag that the state names. Level-triggered: looks at the whole state
+//! Makes this member hold every tag and every artifact that the state names. Level-triggered: looks at the whole state
 //! again whenever it changed, a copy ended or a pause is over; what it did before does not matter.
 //!
 //! ```text
-//! in the state, not ours -> copy (names, then chunks, from holders first) -> walk again -> ReportHeld(true)
+//! in the state, not ours -> bring (names, then chunks, from holders first) -> walk again -> ReportHeld(true)
 //! said to be ours, but not whole (checked at start and after damage)      -> ReportHeld(false)
 //! ours and invisible, although enough voters hold it (one got its vote later) -> ReportHeld(true)
 //! ```
 
-use super::replicas::{Key, Progress};
+use super::replicas::{Key, Owner, Progress};
 use super::walk::{Reach, WalkError};
 use super::{RegistryService, answer, catalog};
 use crate::app::{AppError, Consistency};
@@ -44,6 +44,28 @@ struct Todo {
     claimed: BTreeSet<Key>,
     /// Those of them that would be visible if copies were counted now.
     ripe: BTreeSet<Key>,
+}
+
+/// Who has one of them.
+struct Copies<'a> {
+    holders: &'a BTreeSet<MemberId>,
+    needed: u32,
+    visible: bool,
+}
+
+impl Todo {
+    fn sort(&mut self, key: Key, of: &Copies<'_>, me: MemberId, voters: &BTreeSet<MemberId>) {
+        if !of.holders.contains(&me) {
+            let holders = of.holders.iter().copied().collect();
+            self.lacking.insert(key, holders);
+            return;
+        }
+        let copies = of.holders.intersection(voters).count() as u64;
+        if !of.visible && copies >= u64::from(of.needed) {
+            self.ripe.insert(key.clone());
+        }
+        self.claimed.insert(key);
+    }
 }
 
 /// After a failure.
@@ -95,20 +117,35 @@ async fn look(service: &RegistryService) -> Result<Todo, AppError> {
         for template in state.templates.values() {
             for tag in template.tags.values() {
                 let key = Key {
-                    template: template.id.clone(),
-                    number: tag.number,
+                    owner: Owner::Tag {
+                        template: template.id.clone(),
+                        number: tag.number,
+                    },
                     manifest: tag.content.manifest,
                 };
-                if tag.holders.contains(&me) {
-                    let copies = tag.holders.intersection(&voters).count() as u64;
-                    if !tag.visible && copies >= u64::from(tag.copies_needed) {
-                        todo.ripe.insert(key.clone());
-                    }
-                    todo.claimed.insert(key);
-                } else {
-                    todo.lacking
-                        .insert(key, tag.holders.iter().copied().collect());
-                }
+                let copies = Copies {
+                    holders: &tag.holders,
+                    needed: tag.copies_needed,
+                    visible: tag.visible,
+                };
+                todo.sort(key, &copies, me, &voters);
+            }
+        }
+        for (name, repository) in &state.repositories {
+            for artifact in repository.artifacts.values() {
+                let key = Key {
+                    owner: Owner::Artifact {
+                        repository: name.clone(),
+                        digest: artifact.content.digest,
+                    },
+                    manifest: artifact.content.bundle,
+                };
+                let copies = Copies {
+                    holders: &artifact.holders,
+                    needed: artifact.copies_needed,
+                    visible: artifact.visible(),
+                };
+                todo.sort(key, &copies, me, &voters);
             }
         }
         todo
@@ -133,7 +170,7 @@ async fn check_claims(service: &Arc<RegistryService>, todo: &Todo, checked: &mut
             checked.insert(key.clone());
             continue;
         }
-        tracing::warn!(template = %key.template, number = key.number, "a tag that this member held is not whole any more");
+        tracing::warn!(of = %key, "what this member held is not whole any more");
         if let Err(why) = report(service, key, false).await {
             tracing::warn!(why, "could not report a lost copy yet");
         }
@@ -186,12 +223,12 @@ fn ended_copy(
     service.progress.end(&key, result.as_ref().err().cloned());
     match result {
         Ok(()) => {
-            tracing::info!(template = %key.template, number = key.number, "tag copied");
+            tracing::info!(of = %key, "copied");
             pauses.remove(&key);
         }
         Err(why) => {
             let pause = pauses.get(&key).map_or(RETRY_MIN, |p| p.next);
-            tracing::warn!(template = %key.template, number = key.number, why, ?pause, "copying a tag failed; it will be tried again");
+            tracing::warn!(of = %key, why, ?pause, "copying failed; it will be tried again");
             let next = (pause * 2).min(RETRY_MAX);
             pauses.insert(
                 key,
@@ -204,31 +241,42 @@ fn ended_copy(
     }
 }
 
-/// Copy one tag: resumes by itself, for only what is lacking is fetched.
+/// Copy one tag or artifact.
 async fn copy(
     service: &Arc<RegistryService>,
     key: &Key,
     holders: &[MemberId],
     progress: &Arc<Progress>,
 ) -> Result<(), String> {
+    bring(service, key.manifest.0, holders, Some(progress)).await?;
+    report(service, key, true).await
+}
+
+/// Everything that a manifest reaches, on this disk: resumes by itself, for only what is lacking is
+/// fetched.
+pub(super) async fn bring(
+    service: &Arc<RegistryService>,
+    manifest: Id,
+    holders: &[MemberId],
+    progress: Option<&Arc<Progress>>,
+) -> Result<(), String> {
     // Manifest, segments, chunks, and once more if a chunk turned out damaged.
     for turn in 0..5 {
-        let known = match service
-            .walk(key.manifest.0)
-            .await
-            .map_err(|e| answer::chain(&e))?
-        {
+        let walked = service.walk(manifest).await;
+        let known = match walked.map_err(|e| answer::chain(&e))? {
             Reach::Names(names) => {
                 fetch_all(service, names, holders, turn, None).await?;
                 continue;
             }
             Reach::Known(known) => known,
         };
-        progress.set(known.held_bytes, known.total_bytes);
-        if known.lacking.is_empty() {
-            return report(service, key, true).await;
+        if let Some(progress) = progress {
+            progress.set(known.held_bytes, known.total_bytes);
         }
-        fetch_all(service, known.lacking, holders, turn, Some(progress)).await?;
+        if known.lacking.is_empty() {
+            return Ok(());
+        }
+        fetch_all(service, known.lacking, holders, turn, progress).await?;
     }
     Err("its chunks do not stay: see the log for damage on this disk".to_owned())
 }
@@ -263,7 +311,7 @@ async fn fetch_all(
         if let Some(progress) = progress {
             progress.left(left);
             if progress.cancelled() {
-                return Err("the tag was deleted".to_owned());
+                return Err("it was deleted".to_owned());
             }
         }
     }
@@ -277,13 +325,24 @@ async fn report(service: &RegistryService, key: &Key, held: bool) -> Result<(), 
     } else {
         BTreeSet::new()
     };
-    let command = Command::ReportHeld {
-        template: key.template.clone(),
-        number: key.number,
-        manifest: key.manifest,
-        member: service.member,
-        held,
-        voters,
+    let (manifest, member) = (key.manifest, service.member);
+    let command = match key.owner.clone() {
+        Owner::Tag { template, number } => Command::ReportHeld {
+            template,
+            number,
+            manifest,
+            member,
+            held,
+            voters,
+        },
+        Owner::Artifact { repository, digest } => Command::ReportArtifactHeld {
+            repository,
+            digest,
+            bundle: manifest,
+            member,
+            held,
+            voters,
+        },
     };
     match service.catalog.submit(stamp::command_id(), command).await {
         // Deleted meanwhile: nothing to report.

@@ -7,9 +7,11 @@
 //! * [`disk`]: the file operations all of that rests on, so that tests can cut the power.
 //! * [`reserve`]: room kept for log and state when others fill the disk.
 //! * [`chunks`]: content-addressed chunks in append-only packs.
+//! * [`blobs`]: names of uploaded blobs.
 //!
 //! "Durable" always means: the bytes and what is needed to find them were fsynced.
 
+pub mod blobs;
 pub mod chunks;
 pub mod datadir;
 pub mod disk;

@@ -18,6 +18,7 @@ mod load;
 mod members;
 mod membership;
 mod node_loss;
+mod oci;
 mod push;
 mod refused;
 mod rescue;

@@ -71,7 +71,7 @@ pub(super) fn hash_chunks(
 }
 
 /// A chunk's name: zeros have their own.
-pub(super) fn name_of(chunk: &[u8]) -> Id {
+pub fn name_of(chunk: &[u8]) -> Id {
     if is_zero(chunk) {
         ZERO_CHUNK
     } else {

@@ -4,12 +4,12 @@ use super::{CHUNK_LEN, Id, RECORD_LEN_MAX, SEGMENT_CHUNKS, TransferError};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
-/// Files of one manifest.
-const FILES_MAX: usize = 16;
+/// Files of one manifest: an OCI artifact with all its blobs is one.
+const FILES_MAX: usize = 1024;
 /// Characters of a file name.
 const NAME_MAX: usize = 128;
 /// Logical bytes of a file: a manifest of more would not fit a chunk.
-const SIZE_MAX: u64 = 14 << 40;
+pub const SIZE_MAX: u64 = 14 << 40;
 /// Logical bytes of all files together.
 const TOTAL_MAX: u64 = 16 << 40;
 /// Logical bytes named by one segment.

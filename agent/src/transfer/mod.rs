@@ -25,7 +25,10 @@ mod source;
 mod tests;
 
 pub use frame::{RECORD_LEN_MAX, Unframer, WireRecord};
-pub use manifest::{FileEntry, Manifest, check_segment, chunk_len_at, hex_id, segment_ids};
+pub use image::name_of;
+pub use manifest::{
+    FileEntry, Manifest, SIZE_MAX, check_segment, chunk_len_at, hex_id, segment_ids,
+};
 pub use pull::pull_file;
 pub use push::{Published, PushSpec, push_file};
 pub use source::read_records;

@@ -1,7 +1,7 @@
 //! Members that an operator takes out. The state remembers them, because the group's own list only
 //! knows who is in: an identity that is not in the list may be new, or may have been removed.
 
-use super::{Applied, check, template};
+use super::{Applied, artifact, check, template};
 use crate::ids::MemberId;
 use crate::limits;
 use crate::member::Retired;
@@ -33,5 +33,6 @@ pub(super) fn retire(
     let mut left = voters.clone();
     left.remove(&id);
     template::drop_holder(state, id, &left);
+    artifact::drop_holder(state, id, &left);
     Ok(Outcome::Done)
 }

@@ -2,6 +2,7 @@
 //! [`Outcome`]; a refusal changes nothing. No clock but the state's, no choice that is not in the
 //! command.
 
+mod artifact;
 mod bind;
 mod check;
 mod group;
@@ -55,6 +56,7 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
             copies_needed,
             voters,
         } => {
+            artifact::check_free(state, template, tag)?;
             let push = template::Push {
                 template,
                 tag,
@@ -92,5 +94,23 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
             member,
         } => group::change_nodes(state, nodes, groups, *member),
         Command::RetireMember { id, name, voters } => member::retire(state, *id, name, voters),
+        Command::PutArtifact { put } => artifact::put(state, put),
+        Command::ReportArtifactHeld {
+            repository,
+            digest,
+            bundle,
+            member,
+            held,
+            voters,
+        } => {
+            let voters = held.then_some(voters);
+            artifact::report_held(state, repository, digest, bundle, *member, voters)
+        }
+        Command::DeleteArtifact { repository, digest } => {
+            artifact::delete(state, repository, digest)
+        }
+        Command::DeleteArtifactTag { repository, tag } => {
+            artifact::delete_tag(state, repository, tag)
+        }
     }
 }

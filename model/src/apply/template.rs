@@ -2,7 +2,7 @@
 //! number is never used twice within a template, so a late report about a deleted tag meets
 //! nothing: a deleted tag never comes back. The bytes themselves are the registry's.
 
-use super::{Applied, check, instance};
+use super::{Applied, artifact, check, instance};
 use crate::command::{TagContent, TagSelector};
 use crate::ids::{Digest, InstanceId, MemberId, TemplateId};
 use crate::limits::{self, clip};
@@ -110,7 +110,11 @@ fn check_content(content: &TagContent) -> Result<(), Refusal> {
 }
 
 /// Copies on members that left, or that have no vote yet, do not make a tag safe.
-fn enough(holders: &BTreeSet<MemberId>, voters: &BTreeSet<MemberId>, needed: u32) -> bool {
+pub(super) fn enough(
+    holders: &BTreeSet<MemberId>,
+    voters: &BTreeSet<MemberId>,
+    needed: u32,
+) -> bool {
     holders.intersection(voters).count() as u64 >= u64::from(needed)
 }
 
@@ -247,7 +251,8 @@ fn select(template: &Template, selector: &TagSelector) -> Result<u32, Refusal> {
 }
 
 /// A template without a tag would only block its name: it goes with its last tag.
-fn drop_tags(state: &mut State, id: &TemplateId, gone: BTreeSet<u32>) {
+pub(super) fn drop_tags(state: &mut State, id: &TemplateId, gone: BTreeSet<u32>) {
+    artifact::drop_linked(state, id, |number| gone.contains(&number));
     for number in &gone {
         state.remove_tag(id, *number);
     }
@@ -262,6 +267,7 @@ fn drop_template(state: &mut State, id: &TemplateId) {
         Some(t) => t.tags.keys().copied().collect(),
         None => return,
     };
+    artifact::drop_linked(state, id, |_| true);
     for number in numbers {
         state.remove_tag(id, number);
     }

@@ -4,9 +4,10 @@
 use super::State;
 use super::index::Place;
 use super::key::Key;
+use crate::artifact::{Artifact, RepositoryTag};
 use crate::feature::RECENT_BLOCKS;
 use crate::group::Group;
-use crate::ids::{GroupId, InstanceId, MemberId, NodeId, TemplateId};
+use crate::ids::{GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
 use crate::instance::{Instance, ScriptResult};
 use crate::member::Retired;
 use crate::node::{Left, Node};
@@ -155,6 +156,60 @@ impl State {
             && template.tags.remove(&number).is_some()
         {
             self.dirty.insert(Key::Tag(id.clone(), number));
+        }
+    }
+
+    /// Number of the next put into a repository, which is made if there is none.
+    pub(crate) fn next_put(&mut self, repository: &str) -> u64 {
+        let entry = self.repositories.entry(repository.to_owned()).or_default();
+        entry.puts = entry.puts.saturating_add(1);
+        self.dirty.insert(Key::Repository(repository.to_owned()));
+        entry.puts
+    }
+
+    /// Set an artifact of a repository that is there.
+    pub(crate) fn set_artifact(&mut self, repository: &str, artifact: Artifact) {
+        let Some(entry) = self.repositories.get_mut(repository) else {
+            return;
+        };
+        let digest = artifact.content.digest;
+        self.dirty
+            .insert(Key::Artifact(repository.to_owned(), digest));
+        entry.artifacts.insert(digest, artifact);
+    }
+
+    pub(crate) fn remove_artifact(&mut self, repository: &str, digest: &Sha256) {
+        let entry = self.repositories.get_mut(repository);
+        if entry.is_some_and(|r| r.artifacts.remove(digest).is_some()) {
+            self.dirty
+                .insert(Key::Artifact(repository.to_owned(), *digest));
+        }
+    }
+
+    /// Let a tag name an artifact, or nothing.
+    pub(crate) fn set_repository_tag(
+        &mut self,
+        repository: &str,
+        tag: &str,
+        names: Option<RepositoryTag>,
+    ) {
+        let Some(entry) = self.repositories.get_mut(repository) else {
+            return;
+        };
+        let key = Key::RepositoryTag(repository.to_owned(), tag.to_owned());
+        self.dirty.insert(key);
+        match names {
+            Some(names) => entry.tags.insert(tag.to_owned(), names),
+            None => entry.tags.remove(tag),
+        };
+    }
+
+    /// A repository without an artifact has no tag either.
+    pub(crate) fn remove_empty_repository(&mut self, repository: &str) {
+        let entry = self.repositories.get(repository);
+        if entry.is_some_and(|r| r.artifacts.is_empty()) {
+            self.repositories.remove(repository);
+            self.dirty.insert(Key::Repository(repository.to_owned()));
         }
     }
 

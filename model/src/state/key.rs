@@ -1,7 +1,7 @@
 //! Names of stored values: a table byte, then the id's bytes. Knows nothing of the values.
 
 use crate::codec::CodecError;
-use crate::ids::{GroupId, InstanceId, MemberId, NodeId, TemplateId};
+use crate::ids::{GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
 
 /// One stored value. The order of the variants is the order of their table bytes, so that keys
 /// sort as their bytes do.
@@ -31,8 +31,14 @@ pub(super) enum Key {
     Script(InstanceId),
     /// `t`: a template without its tags.
     Template(TemplateId),
+    /// `u`: a repository without its artifacts and tags.
+    Repository(String),
     /// `v`: a tag: template id, a zero byte, number.
     Tag(TemplateId, u32),
+    /// `w`: an artifact: repository, a zero byte, 32 bytes of SHA-256.
+    Artifact(String, Sha256),
+    /// `x`: a tag of a repository: repository, a zero byte, tag.
+    RepositoryTag(String, String),
 }
 
 impl Key {
@@ -68,10 +74,23 @@ impl Key {
             }
             Self::Script(id) => with(b's', id.as_str()),
             Self::Template(id) => with(b't', id.as_str()),
+            Self::Repository(name) => with(b'u', name),
             Self::Tag(id, number) => {
                 let mut out = with(b'v', id.as_str());
                 out.push(0);
                 out.extend_from_slice(&number.to_be_bytes());
+                out
+            }
+            Self::Artifact(repository, digest) => {
+                let mut out = with(b'w', repository);
+                out.push(0);
+                out.extend_from_slice(&digest.0);
+                out
+            }
+            Self::RepositoryTag(repository, tag) => {
+                let mut out = with(b'x', repository);
+                out.push(0);
+                out.extend_from_slice(tag.as_bytes());
                 out
             }
         }
@@ -105,6 +124,16 @@ impl Key {
                 let (id, tail) = rest.split_at(rest.len() - 5);
                 Self::Tag(text(id)?.into(), number(&tail[1..])?)
             }
+            b'u' => Self::Repository(text(rest)?),
+            b'w' if rest.len() > 33 && rest[rest.len() - 33] == 0 => {
+                let (name, tail) = rest.split_at(rest.len() - 33);
+                let digest = tail[1..].try_into().map_err(|_| bad())?;
+                Self::Artifact(text(name)?, Sha256(digest))
+            }
+            b'x' => {
+                let at = rest.iter().position(|b| *b == 0).ok_or_else(bad)?;
+                Self::RepositoryTag(text(&rest[..at])?, text(&rest[at + 1..])?)
+            }
             _ => return Err(bad()),
         })
     }
@@ -121,6 +150,14 @@ mod tests {
     #[test]
     fn keys_survive_and_sort_as_their_bytes() {
         let mut keys = vec![
+            Key::RepositoryTag("a/b".into(), "v1".into()),
+            Key::RepositoryTag("a/b".into(), "v".into()),
+            Key::RepositoryTag("a".into(), "v1".into()),
+            Key::Artifact("a/b".into(), Sha256([0; 32])),
+            Key::Artifact("a".into(), Sha256([255; 32])),
+            Key::Artifact("a".into(), Sha256([7; 32])),
+            Key::Repository("a/b".into()),
+            Key::Repository("a".into()),
             Key::Tag("t1".into(), 256),
             Key::Tag("t1".into(), 3),
             Key::Tag("t10".into(), 1),
@@ -164,6 +201,11 @@ mod tests {
             b"v\0\0\0\0\0",
             b"vt\x01\0\0\0\0",
             b"i\xff",
+            b"u",
+            b"wa\x001234567",
+            b"xa",
+            b"xa\0",
+            b"x\0v1",
         ] {
             assert!(Key::from_bytes(bad).is_err(), "{bad:?}");
         }

@@ -10,6 +10,7 @@ mod record;
 mod store;
 
 use crate::apply;
+use crate::artifact::Repository;
 use crate::command::Envelope;
 use crate::feature::RECENT_BLOCKS;
 use crate::group::Group;
@@ -45,6 +46,8 @@ pub struct State {
     pub left: BTreeMap<InstanceId, Left>,
     /// Templates by id.
     pub templates: BTreeMap<TemplateId, Template>,
+    /// Repositories of OCI artifacts by name.
+    pub repositories: BTreeMap<String, Repository>,
     /// Node groups by id.
     pub groups: BTreeMap<GroupId, Group>,
     /// Members that an operator took out: their identities never come back.
@@ -66,6 +69,7 @@ impl PartialEq for State {
             && self.nodes == other.nodes
             && self.left == other.left
             && self.templates == other.templates
+            && self.repositories == other.repositories
             && self.groups == other.groups
             && self.retired == other.retired
             && self.recent == other.recent

@@ -19,6 +19,11 @@ pub(super) struct MetaRecord {
 }
 
 #[derive(Serialize, Deserialize)]
+pub(super) struct RepositoryRecord {
+    pub(super) puts: u64,
+}
+
+#[derive(Serialize, Deserialize)]
 pub(super) struct RecentBlock<'a>(pub(super) Vec<RecentRecord<'a>>);
 
 #[derive(Serialize, Deserialize)]

@@ -5,9 +5,11 @@ use super::index::Index;
 use super::key::Key;
 use super::recent::{Place, Recent};
 use super::record::{
-    InstanceRecord, MetaRecord, RecentBlock, RecentRecord, ScriptRecord, TemplateRecord,
+    InstanceRecord, MetaRecord, RecentBlock, RecentRecord, RepositoryRecord, ScriptRecord,
+    TemplateRecord,
 };
 use super::{Change, State};
+use crate::artifact::{Artifact, Repository, RepositoryTag};
 use crate::codec::{CodecError, decode, encode};
 use crate::feature::RECENT_BLOCKS;
 use crate::ids::{CommandId, InstanceId, TemplateId};
@@ -67,9 +69,21 @@ impl State {
         self.templates
             .keys()
             .for_each(|id| give(Key::Template(id.clone())));
+        let repositories = || self.repositories.iter();
+        repositories().for_each(|(name, _)| give(Key::Repository(name.clone())));
         for (id, template) in &self.templates {
             for number in template.tags.keys() {
                 give(Key::Tag(id.clone(), *number));
+            }
+        }
+        for (name, repository) in repositories() {
+            for digest in repository.artifacts.keys() {
+                give(Key::Artifact(name.clone(), *digest));
+            }
+        }
+        for (name, repository) in repositories() {
+            for tag in repository.tags.keys() {
+                give(Key::RepositoryTag(name.clone(), tag.clone()));
             }
         }
     }
@@ -105,7 +119,16 @@ impl State {
                 let template = self.templates.get(id)?;
                 Some(encode(&TemplateRecord::of(template)))
             }
+            Key::Repository(name) => {
+                let puts = self.repositories.get(name)?.puts;
+                Some(encode(&RepositoryRecord { puts }))
+            }
             Key::Tag(id, number) => self.templates.get(id)?.tags.get(number).map(encode),
+            Key::Artifact(name, digest) => {
+                let repository = self.repositories.get(name)?;
+                repository.artifacts.get(digest).map(encode)
+            }
+            Key::RepositoryTag(name, tag) => self.repositories.get(name)?.tags.get(tag).map(encode),
         }
     }
 
@@ -168,7 +191,19 @@ impl State {
                 let record: TemplateRecord<'_> = decode(value)?;
                 self.templates.insert(id.clone(), record.into_template(id));
             }
+            Key::Repository(name) => {
+                let record: RepositoryRecord = decode(value)?;
+                let repository = Repository {
+                    puts: record.puts,
+                    ..Repository::default()
+                };
+                self.repositories.insert(name, repository);
+            }
             Key::Tag(id, _) => rest.tags.push((id, decode(value)?)),
+            Key::Artifact(name, _) => rest.artifacts.push((name, decode(value)?)),
+            Key::RepositoryTag(name, tag) => {
+                rest.repository_tags.push((name, tag, decode(value)?));
+            }
         }
         Ok(())
     }
@@ -201,6 +236,18 @@ impl State {
                 None => return Err(orphan("tag", id.as_str())),
             };
         }
+        for (name, artifact) in rest.artifacts {
+            match self.repositories.get_mut(&name) {
+                Some(r) => r.artifacts.insert(artifact.content.digest, artifact),
+                None => return Err(orphan("artifact", &name)),
+            };
+        }
+        for (name, tag, names) in rest.repository_tags {
+            match self.repositories.get_mut(&name) {
+                Some(r) => r.tags.insert(tag, names),
+                None => return Err(orphan("tag", &name)),
+            };
+        }
         self.recent = Recent::rebuild(rest.recent).map_err(CodecError)?;
         Ok(())
     }
@@ -212,6 +259,8 @@ struct Rest {
     outputs: Vec<(InstanceId, ScriptResult)>,
     scripts: Vec<(InstanceId, Vec<u8>)>,
     tags: Vec<(TemplateId, Tag)>,
+    artifacts: Vec<(String, Artifact)>,
+    repository_tags: Vec<(String, String, RepositoryTag)>,
     recent: Vec<(Place, u64, CommandId, Outcome)>,
 }
 

@@ -3,8 +3,9 @@
 //! read: append instead, or raise the codec's version. `UPDATE=1` writes them anew.
 
 use crate::sample::{self, Random};
+use mainstay_model::artifact::ArtifactContent;
 use mainstay_model::codec::{decode_envelope, decode_outcome, encode_envelope, encode_outcome};
-use mainstay_model::command::{Binding, Command, TagSelector};
+use mainstay_model::command::{ArtifactPut, ArtifactTemplate, Binding, Command, TagSelector};
 use mainstay_model::group::Group;
 use mainstay_model::instance::{
     Observation, ObservedPhase, PortRule, Script, ScriptFailure, ScriptResult, StartRequest, Value,
@@ -31,7 +32,7 @@ fn commands() {
         variants.insert(bytes[1 + 17 + 9]);
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
-    assert_eq!(variants, (0..22).collect(), "a command lacks its sample");
+    assert_eq!(variants, (0..26).collect(), "a command lacks its sample");
     compare("commands.txt", &lines, |bytes| {
         decode_envelope(bytes).map(|e| encode_envelope(&e))
     });
@@ -47,7 +48,7 @@ fn outcomes() {
         variants.insert((bytes[1], if bytes[1] == 5 { bytes[2] } else { 0 }));
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
-    let refusals = (0..8).map(|n| (5, n));
+    let refusals = (0..10).map(|n| (5, n));
     let wanted: BTreeSet<_> = (0..5).map(|n| (n, 0)).chain(refusals).collect();
     assert_eq!(variants, wanted, "an outcome lacks its sample");
     compare("outcomes.txt", &lines, |bytes| {
@@ -57,15 +58,15 @@ fn outcomes() {
 
 #[test]
 fn stored_values() {
-    stored("stored.txt", &full_state(), "cfgilmnoqstv");
+    stored("stored.txt", &full_state(), "cfgilmnoqstuvwx");
 }
 
 /// While members of the first release may be there.
 #[test]
 fn stored_values_at_level_0() {
     let commands = sample_history();
-    // Without the two that need more: a member that is taken out, and the level itself.
-    let before = &commands[..commands.len() - 2];
+    // Without those that need more: a member that is taken out, artifacts, and the level itself.
+    let before = &commands[..commands.len() - 5];
     stored("stored-level-0.txt", &state_after(before), "cgilnorstv");
 }
 
@@ -131,7 +132,7 @@ fn garbage_is_refused() {
     }
     // Lengths that promise far more than there is.
     for length in [1_u64 << 20, 1 << 30, 1 << 40, u64::MAX] {
-        for variant in 0..22_u8 {
+        for variant in 0..26_u8 {
             let mut bytes = vec![1, 1, 1, variant, 253];
             bytes.extend_from_slice(&length.to_le_bytes());
             assert!(decode_envelope(&bytes).is_err());
@@ -296,7 +297,60 @@ fn full_config() -> NodeConfig {
 fn all_commands() -> Vec<(&'static str, Command)> {
     let mut all = instance_commands();
     all.extend(other_commands());
+    all.extend(artifact_commands());
     all
+}
+
+fn artifact_commands() -> Vec<(&'static str, Command)> {
+    let repository = || "images/debian".to_owned();
+    let template = ArtifactTemplate {
+        new_template_id: "t7".into(),
+        tag: "v7".into(),
+        content: sample::content(8, "arm64"),
+    };
+    let put = ArtifactPut {
+        repository: repository(),
+        tags: vec!["v7".into(), "latest".into()],
+        content: sample::artifact(5),
+        template: Some(template),
+        holder: MemberId(2),
+        copies_needed: 2,
+        voters: [MemberId(2), MemberId(0xfeed_beef)].into(),
+    };
+    let bare = ArtifactPut {
+        tags: vec!["next".into()],
+        content: ArtifactContent {
+            subject: None,
+            blobs: Vec::new(),
+            ..sample::artifact(6)
+        },
+        template: None,
+        ..put.clone()
+    };
+    let held = Command::ReportArtifactHeld {
+        repository: repository(),
+        digest: sample::sha256(5),
+        bundle: sample::digest(5),
+        member: MemberId(0xfeed_beef),
+        held: true,
+        voters: [MemberId(2), MemberId(0xfeed_beef)].into(),
+    };
+    let delete = Command::DeleteArtifact {
+        repository: repository(),
+        digest: sample::sha256(5),
+    };
+    let delete_tag = Command::DeleteArtifactTag {
+        repository: repository(),
+        tag: "latest".into(),
+    };
+    let put_of = |put| Command::PutArtifact { put: Box::new(put) };
+    vec![
+        ("put-artifact", put_of(put)),
+        ("put-artifact-bare", put_of(bare)),
+        ("report-artifact-held", held),
+        ("delete-artifact", delete),
+        ("delete-artifact-tag", delete_tag),
+    ]
 }
 
 fn instance_commands() -> Vec<(&'static str, Command)> {
@@ -468,6 +522,11 @@ fn all_outcomes() -> Vec<(&'static str, Outcome)> {
         ("limit", Refusal::Limit(text())),
         ("conflict", Refusal::Conflict(text())),
         ("group-unknown", Refusal::GroupUnknown("g1".into())),
+        ("repository-unknown", Refusal::RepositoryUnknown(text())),
+        (
+            "artifact-unknown",
+            Refusal::ArtifactUnknown(sample::sha256(5)),
+        ),
     ];
     all.extend(refusals.map(|(name, refusal)| (name, Outcome::Refused(refusal))));
     all
@@ -533,6 +592,9 @@ fn sample_history() -> Vec<Command> {
         Command::TerminateInstance { id: "i9".into() },
         named("set-features"),
         named("retire-member"),
+        named("put-artifact"),
+        named("report-artifact-held"),
+        named("put-artifact-bare"),
     ]
 }
 

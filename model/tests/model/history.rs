@@ -3,7 +3,7 @@
 
 use crate::sample::{self, Random};
 use mainstay_model::codec::{decode_envelope, encode_envelope};
-use mainstay_model::command::{Binding, Command, TagSelector};
+use mainstay_model::command::{ArtifactPut, ArtifactTemplate, Binding, Command, TagSelector};
 use mainstay_model::group::Group;
 use mainstay_model::instance::{Observation, ObservedPhase, Script, ScriptResult, Value, VmInfo};
 use mainstay_model::invariants;
@@ -158,7 +158,8 @@ fn command(r: &mut Random, state: &State) -> Command {
         },
         28..=31 => node_command(r),
         32..=33 => group_command(r),
-        34..=38 => template_command(r),
+        34..=36 => template_command(r),
+        37..=38 => artifact_command(r),
         _ => Command::Noop,
     }
 }
@@ -344,6 +345,51 @@ fn group_command(r: &mut Random) -> Command {
 
 fn voters(r: &mut Random) -> BTreeSet<MemberId> {
     (0..3).filter(|_| !r.one_in(5)).map(MemberId).collect()
+}
+
+/// Repositories carry the names of templates, so that some artifacts are tags of them.
+fn artifact_command(r: &mut Random) -> Command {
+    let repository = format!("template{}", r.below(2));
+    let seed = r.below(3) as u8;
+    let tag = |r: &mut Random| format!("v{}", r.below(4));
+    match r.below(12) {
+        0..=5 => {
+            let wanted = r.one_in(3).then(|| ArtifactTemplate {
+                new_template_id: format!("t{}", r.below(3)).into(),
+                tag: tag(r),
+                content: sample::content(r.below(3) as u8, ""),
+            });
+            let mut content = sample::artifact(seed);
+            content.bundle = sample::digest(if r.one_in(6) { 9 } else { seed });
+            Command::PutArtifact {
+                put: Box::new(ArtifactPut {
+                    repository,
+                    tags: (0..r.below(3)).map(|_| tag(r)).collect(),
+                    content,
+                    template: wanted,
+                    holder: MemberId(r.below(3)),
+                    copies_needed: r.below(4) as u32,
+                    voters: voters(r),
+                }),
+            }
+        }
+        6..=8 => Command::ReportArtifactHeld {
+            repository,
+            digest: sample::sha256(seed),
+            bundle: sample::digest(seed),
+            member: MemberId(r.below(3)),
+            held: !r.one_in(3),
+            voters: voters(r),
+        },
+        9..=10 => Command::DeleteArtifactTag {
+            repository,
+            tag: tag(r),
+        },
+        _ => Command::DeleteArtifact {
+            repository,
+            digest: sample::sha256(seed),
+        },
+    }
 }
 
 fn template_command(r: &mut Random) -> Command {

@@ -1,7 +1,8 @@
 //! Small values that tests share.
 
+use mainstay_model::artifact::{ArtifactContent, Blob};
 use mainstay_model::command::TagContent;
-use mainstay_model::ids::Digest;
+use mainstay_model::ids::{Digest, Sha256};
 use mainstay_model::instance::{PortRule, StartRequest};
 use mainstay_model::node::NodeSpec;
 use std::collections::BTreeMap;
@@ -27,6 +28,28 @@ pub fn request(template: &str) -> StartRequest {
 
 pub fn digest(seed: u8) -> Digest {
     Digest([seed; 32])
+}
+
+pub fn sha256(seed: u8) -> Sha256 {
+    Sha256([seed; 32])
+}
+
+/// An artifact of two blobs about artifact `seed + 1`.
+pub fn artifact(seed: u8) -> ArtifactContent {
+    ArtifactContent {
+        digest: sha256(seed),
+        size: 500,
+        media_type: "application/vnd.oci.image.manifest.v1+json".to_owned(),
+        artifact_type: "application/vnd.example".to_owned(),
+        subject: Some(sha256(seed + 1)),
+        blobs: [100, 101]
+            .map(|blob| Blob {
+                digest: sha256(blob),
+                size: u64::from(blob) << 20,
+            })
+            .into(),
+        bundle: digest(seed),
+    }
 }
 
 pub fn content(seed: u8, arch: &str) -> TagContent {

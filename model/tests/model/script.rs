@@ -5,7 +5,7 @@
 //! `#<n>` as the first word after it gives the command id, else each command has a new one.
 
 use crate::sample;
-use mainstay_model::command::{Binding, Command, TagSelector};
+use mainstay_model::command::{ArtifactPut, ArtifactTemplate, Binding, Command, TagSelector};
 use mainstay_model::group::Group;
 use mainstay_model::instance::{Observation, ObservedPhase, ScriptResult, Value, VmInfo};
 use mainstay_model::node::{CapacityMode, NodeConfig};
@@ -147,6 +147,7 @@ impl Runner {
             assert_eq!(same.nodes, self.state.nodes);
             assert_eq!(same.left, self.state.left);
             assert_eq!(same.templates, self.state.templates);
+            assert_eq!(same.repositories, self.state.repositories);
             assert_eq!(same.groups, self.state.groups);
         }
         let changed = self.state.take_changes();
@@ -192,6 +193,7 @@ impl Runner {
                 }
             }
             "templates" => self.show_templates(&mut out),
+            "repositories" => self.show_repositories(&mut out),
             "groups" => {
                 for group in self.state.groups.values() {
                     let fallback = group.fallback.as_ref().map_or("-", |g| g.as_str());
@@ -244,8 +246,44 @@ impl Runner {
         }
     }
 
+    fn show_repositories(&self, out: &mut String) {
+        for (name, repository) in &self.state.repositories {
+            writeln!(out, "{name} puts={}", repository.puts).unwrap();
+            for artifact in repository.artifacts.values() {
+                let holders: Vec<String> =
+                    artifact.holders.iter().map(|m| m.0.to_string()).collect();
+                let visible = match artifact.visible_ms {
+                    Some(at) => format!("visible@{at}"),
+                    None => format!("{} of {}", artifact.holders.len(), artifact.copies_needed),
+                };
+                let (seed, held) = (artifact.content.digest.0[0], holders.join(","));
+                write!(out, "  {seed} {visible} held by {held}").unwrap();
+                for (tag, put) in &artifact.waiting_tags {
+                    write!(out, " waits={tag}@{put}").unwrap();
+                }
+                for (id, number) in &artifact.template_tags {
+                    write!(out, " is={id}/{number}").unwrap();
+                }
+                out.push('\n');
+            }
+            for (tag, names) in &repository.tags {
+                writeln!(
+                    out,
+                    "  {tag} -> {} by put {}",
+                    names.artifact.0[0], names.put
+                )
+                .unwrap();
+            }
+        }
+    }
+
     fn command(&self, verb: &str, args: &Words<'_>) -> Command {
         match verb {
+            "put"
+            | "artifact-held"
+            | "artifact-lost"
+            | "delete-artifact"
+            | "delete-artifact-tag" => artifact_command(verb, args),
             "start" | "update" | "terminate" | "expire" => instance_command(verb, args),
             "bind" | "place" => self.bind_command(verb, args),
             "observe" => self.observe_command(args),
@@ -335,6 +373,14 @@ fn key_name(key: &[u8]) -> String {
             let number = u32::from_be_bytes(tail[1..].try_into().unwrap());
             format!("v:{}/{number}", String::from_utf8_lossy(id))
         }
+        b'w' => {
+            let (name, digest) = key[1..].split_at(key.len() - 34);
+            format!("w:{}/{}", String::from_utf8_lossy(name), digest[1])
+        }
+        b'x' => format!(
+            "x:{}",
+            String::from_utf8_lossy(&key[1..]).replace('\0', ":")
+        ),
         b'm' => {
             let id = u64::from_be_bytes(key[1..].try_into().unwrap());
             format!("m:{id}")
@@ -455,6 +501,49 @@ fn template_command(verb: &str, args: &Words<'_>) -> Command {
         },
         _ => Command::DeleteTemplate {
             id: args.bare[0].into(),
+        },
+    }
+}
+
+/// `put images/a 5 [tags=v1,v2] [holder=1] [copies=2] [bundle=5] [template=t1 as=v1 bytes=7]`.
+fn artifact_command(verb: &str, args: &Words<'_>) -> Command {
+    let repository = args.bare[0].to_owned();
+    let seed = |at: usize| args.bare.get(at).map_or(0, |word| word.parse().unwrap());
+    match verb {
+        "put" => {
+            let template = args.get("template").map(|id| ArtifactTemplate {
+                new_template_id: id.into(),
+                tag: args.text("as").unwrap(),
+                content: sample::content(args.number("bytes").unwrap_or(1), ""),
+            });
+            let mut content = sample::artifact(seed(1));
+            content.bundle = sample::digest(args.number("bundle").unwrap_or(seed(1)));
+            let put = ArtifactPut {
+                repository,
+                tags: args.list("tags").into_iter().map(str::to_owned).collect(),
+                content,
+                template,
+                holder: MemberId(args.number("holder").unwrap_or(1)),
+                copies_needed: args.number("copies").unwrap_or(2),
+                voters: voters(args),
+            };
+            Command::PutArtifact { put: Box::new(put) }
+        }
+        "artifact-held" | "artifact-lost" => Command::ReportArtifactHeld {
+            repository,
+            digest: sample::sha256(seed(1)),
+            bundle: sample::digest(args.number("bundle").unwrap_or(seed(1))),
+            member: MemberId(args.number("member").unwrap()),
+            held: verb == "artifact-held",
+            voters: voters(args),
+        },
+        "delete-artifact" => Command::DeleteArtifact {
+            repository,
+            digest: sample::sha256(seed(1)),
+        },
+        _ => Command::DeleteArtifactTag {
+            repository,
+            tag: args.bare[1].to_owned(),
         },
     }
 }

@@ -2,6 +2,7 @@
 //! consensus around it is one lock.
 
 mod dialect;
+mod oci;
 mod pull;
 mod push;
 mod replicate;
@@ -142,6 +143,7 @@ impl Cluster {
     /// Serve member `id` from its directory; with or without its replicator.
     async fn serve(&self, id: u64, replicates: bool) -> TestMember {
         let chunks = ChunkStore::open(&self.chunk_dir(id)).unwrap();
+        let names = BlobNames::open(&self.dir.path().join(format!("blobs-{id}"))).unwrap();
         let catalog = Arc::new(Fake(Arc::clone(&self.shared)));
         let peers = Arc::new(FakePeers {
             shared: Arc::clone(&self.shared),
@@ -155,7 +157,7 @@ impl Cluster {
         let version = "1.0-test".to_owned();
         let service = RegistryService::new(
             catalog,
-            chunks,
+            (chunks, names),
             MemberId(id),
             peers,
             version,
