@@ -181,3 +181,54 @@ async fn damage_is_healed_while_a_blob_is_read() {
     assert!(get(&members[1], &path).await == (200, layer.clone()));
     assert!(members[1].service.chunks().contains(&damaged));
 }
+
+/// One request without a socket, so that time can be the test's.
+async fn ask(
+    member: &TestMember,
+    method: &str,
+    path: &str,
+    body: axum::body::Body,
+) -> http::Response<axum::body::Body> {
+    let request = http::Request::builder().method(method).uri(path).body(body);
+    let router = registry_router(Arc::clone(&member.service));
+    tower::ServiceExt::oneshot(router, request.unwrap())
+        .await
+        .unwrap()
+}
+
+/// A byte each `pause`, for ever.
+fn trickle(pause: Duration) -> axum::body::Body {
+    let bytes = futures::stream::unfold((), move |()| async move {
+        tokio::time::sleep(pause).await;
+        Some((Ok::<_, std::io::Error>(bytes::Bytes::from_static(b"x")), ()))
+    });
+    axum::body::Body::from_stream(bytes)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_body_is_given_up_and_what_came_is_kept() {
+    let cluster = Cluster::of_artifacts(1).await;
+    let member = cluster.serve(1, false).await;
+    let empty = axum::body::Body::empty;
+    for pause in [Duration::from_secs(1), Duration::from_secs(3600)] {
+        let begun = ask(&member, "POST", "/v2/a/blobs/uploads/", empty()).await;
+        let location = begun.headers()["location"].to_str().unwrap().to_owned();
+        let before = tokio::time::Instant::now();
+        let slow = ask(&member, "PATCH", &location, trickle(pause)).await;
+        assert_eq!(slow.status(), 408);
+        let took = before.elapsed();
+        assert!(took < Duration::from_secs(100), "{took:?}");
+        let status = ask(&member, "GET", &location, empty()).await;
+        assert_eq!(status.status(), 204);
+        let came = if pause.as_secs() == 1 { "0-59" } else { "0-0" };
+        assert_eq!(status.headers()["range"], came);
+    }
+    let slow = ask(
+        &member,
+        "PUT",
+        "/v2/a/manifests/v1",
+        trickle(Duration::from_secs(1)),
+    )
+    .await;
+    assert_eq!(slow.status(), 408);
+}
