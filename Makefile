@@ -28,6 +28,7 @@ torture:
 	MAINSTAY_FAULT_POINTS=100 cargo test --test process one_failing_call -- --nocapture
 	MAINSTAY_PAUSE_SECONDS=60 cargo test --test process paused -- --nocapture
 	MAINSTAY_CHURN=20000 cargo test -p mainstay-storage --test conformance churn -- --nocapture
+	MAINSTAY_OCI_KILLS=100 cargo test --test process pushes_that_were_answered -- --nocapture
 	MAINSTAY_ABANDONED=10000 cargo test --test process abandoned_uploads -- --nocapture
 	MAINSTAY_THIN_LINE_MB=50 cargo test --test process thin_line -- --nocapture
 	MAINSTAY_STOP_ROUNDS=10 cargo test --test process clean_stop -- --nocapture

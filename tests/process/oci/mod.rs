@@ -3,6 +3,7 @@
 
 mod conformance;
 mod faults;
+mod kills;
 mod skopeo;
 mod templates;
 
