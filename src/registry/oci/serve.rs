@@ -16,6 +16,8 @@ use tokio::sync::mpsc;
 
 /// Chunks that are read and sent together.
 const PIECE_CHUNKS: u64 = 32;
+/// Chunks that are fetched together when one of a piece is not here: 8 MiB, on disk and not in memory.
+const FETCH_CHUNKS: usize = 128;
 static ZEROS: [u8; CHUNK_LEN as usize] = [0; CHUNK_LEN as usize];
 
 /// What `Range` asks of `size` bytes. `None`: nothing that is understood, so everything is sent;
@@ -127,8 +129,16 @@ impl Reader {
             .get(from..from + count)
             .ok_or("the blob's names end before its bytes")?
             .to_vec();
+        let wanted = range.end.div_ceil(CHUNK_LEN) - first;
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+        let ahead = &names[from..names.len().min(from + wanted.min(FETCH_CHUNKS))];
+        let ahead: Vec<Id> = ahead
+            .iter()
+            .copied()
+            .filter(|id| *id != ZERO_CHUNK)
+            .collect();
         let size = self.file.size;
-        let chunks = self.chunks(ids.clone()).await?;
+        let chunks = self.chunks(&ids, &ahead).await?;
         let mut out = Vec::with_capacity(chunks.len());
         for ((number, id), bytes) in (first..).zip(&ids).zip(chunks) {
             let len = chunk_len_at(size, number);
@@ -156,10 +166,10 @@ impl Reader {
         Ok(self.segment.as_ref().map_or(&[], |(_, ids)| ids.as_slice()))
     }
 
-    /// These chunks' bytes, in order.
-    async fn chunks(&self, ids: Vec<Id>) -> Result<Vec<Bytes>, String> {
+    /// These chunks' bytes, in order; if one is not here, it is fetched with those `ahead`.
+    async fn chunks(&self, ids: &[Id], ahead: &[Id]) -> Result<Vec<Bytes>, String> {
         for _ in 0..2 {
-            let (chunks, wanted) = (self.service.chunks.clone(), ids.clone());
+            let (chunks, wanted) = (self.service.chunks.clone(), ids.to_vec());
             let got = tokio::task::spawn_blocking(move || {
                 let get = |id: &Id| match *id == ZERO_CHUNK {
                     true => Ok(Some(Bytes::from_static(&ZEROS))),
@@ -169,24 +179,16 @@ impl Reader {
             });
             let got = got.await.map_err(|e| e.to_string())?;
             let got = got.map_err(|e| answer::chain(&e))?;
-            let lacking: Vec<Id> = ids
-                .iter()
-                .zip(&got)
-                .filter_map(|(id, bytes)| bytes.is_none().then_some(*id))
-                .collect();
-            if lacking.is_empty() {
+            if got.iter().all(Option::is_some) {
                 return Ok(got.into_iter().flatten().collect());
             }
             let turn = self.service.read_through.acquire().await;
             let _turn = turn.map_err(|e| e.to_string())?;
             let sources = self.service.sources(&self.holders, 0);
-            let (rest, said) = self.service.fetch(&lacking, &sources).await;
-            if !rest.is_empty() {
-                let said = said.join("; ");
-                return Err(format!(
-                    "no member could send {} chunks: {said}",
-                    rest.len()
-                ));
+            let (rest, said) = self.service.fetch(ahead, &sources).await;
+            if rest.iter().any(|id| ids.contains(id)) {
+                let (count, said) = (rest.len(), said.join("; "));
+                return Err(format!("no member could send {count} chunks: {said}"));
             }
         }
         Err("its chunks do not stay: see the log for damage on this disk".to_owned())
