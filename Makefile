@@ -36,6 +36,9 @@ torture:
 	MAINSTAY_LEADER_KILLS=100 MAINSTAY_LEADER_STOPS=30 cargo test --test process leader_kills -- --nocapture
 	MAINSTAY_SCHEDULES=200 cargo test --test process histories_under_faults -- --nocapture
 	cargo test --features seeded-bugs --test process seeded -- --nocapture
+	MAINSTAY_GC_RACE_SECONDS=1800 cargo test --test process collection_beside -- --nocapture
+	MAINSTAY_CHUNK_FLIPS=200 cargo test --test process bits_that_flip -- --nocapture
+	MAINSTAY_CHUNK_LIVES=100 cargo test -p mainstay-storage --test conformance power_cuts_during -- --nocapture
 
 verify:
 	cargo fmt --all -- --check

@@ -2,6 +2,7 @@
 //! sentence that says what to write instead. Opens nothing, listens nowhere.
 
 use crate::backup::schedule::Schedule;
+use crate::registry::Upkeep;
 use crate::space::{self, LowDisk};
 use clap::{Args, ValueEnum};
 use mainstay_raft::Member;
@@ -124,6 +125,19 @@ pub struct ServerArgs {
     /// So many of them are kept, the newest ones [default: 24]
     #[arg(long, env = "MAINSTAY_SNAPSHOT_KEEP", value_name = "N")]
     pub snapshot_keep: Option<usize>,
+    /// Chunks stay for so long after no tag needs them: longer than any client pauses in a push or a
+    /// pull. A number with s, m, h or d [default: 24h]
+    #[arg(long, env = "MAINSTAY_GC_GRACE", value_name = "DURATION")]
+    pub gc_grace: Option<String>,
+    /// Pause between two collections of chunks that no tag needs, or "never" [default: 1h]
+    #[arg(long, env = "MAINSTAY_GC_EVERY", value_name = "DURATION")]
+    pub gc_every: Option<String>,
+    /// Chunks are verified at so many bytes a second; 0: only when asked to [default: 16MiB]
+    #[arg(long, env = "MAINSTAY_SCRUB_RATE", value_name = "SIZE")]
+    pub scrub_rate: Option<String>,
+    /// All chunks are verified once in this time, if the rate allows it [default: 7d]
+    #[arg(long, env = "MAINSTAY_SCRUB_EVERY", value_name = "DURATION")]
+    pub scrub_every: Option<String>,
     /// Answer browsers that show pages of other origins [default: false]
     #[arg(long, env = "MAINSTAY_ALLOW_CORS", num_args = 0..=1, require_equals = true,
         default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
@@ -181,6 +195,8 @@ pub struct Config {
     pub low_disk: LowDisk,
     /// Snapshots that this member saves by itself.
     pub snapshots: Option<Schedule>,
+    /// How the registry looks after what it holds.
+    pub upkeep: Upkeep,
     /// Answer cross-origin requests of browsers.
     pub allow_cors: bool,
     /// Log lines.
@@ -246,6 +262,7 @@ impl ServerArgs {
             advertise_host: args.advertise_host.clone().unwrap_or(host),
             feature_grace: Duration::from_secs(args.feature_grace_s.unwrap_or(FEATURE_GRACE_S)),
             snapshots: args.snapshots()?,
+            upkeep: args.upkeep()?,
             allow_cors: args.allow_cors.unwrap_or(false),
             log_format: args.log_format.unwrap_or_default(),
             name,
@@ -317,6 +334,10 @@ impl ServerArgs {
             snapshot_dir: self.snapshot_dir.or(file.snapshot_dir),
             snapshot_every: self.snapshot_every.or(file.snapshot_every),
             snapshot_keep: self.snapshot_keep.or(file.snapshot_keep),
+            gc_grace: self.gc_grace.or(file.gc_grace),
+            gc_every: self.gc_every.or(file.gc_every),
+            scrub_rate: self.scrub_rate.or(file.scrub_rate),
+            scrub_every: self.scrub_every.or(file.scrub_every),
             allow_cors: self.allow_cors.or(file.allow_cors),
             log_format: self.log_format.or(file.log_format),
             config: None,
@@ -353,6 +374,30 @@ impl ServerArgs {
             return wrong("--snapshot-keep 0 would keep none: give at least 1");
         }
         Ok(Some(Schedule { dir, every, keep }))
+    }
+
+    fn upkeep(&self) -> Result<Upkeep, ConfigError> {
+        let mut upkeep = Upkeep::default();
+        if let Some(text) = &self.gc_grace {
+            upkeep.collect.grace = duration("--gc-grace", text)?;
+        }
+        match self.gc_every.as_deref() {
+            None => {}
+            Some("never") => upkeep.collect.every = None,
+            Some(text) => upkeep.collect.every = Some(duration("--gc-every", text)?),
+        }
+        if let Some(text) = &self.scrub_rate {
+            let Some(rate) = space::bytes(text) else {
+                return wrong(format!(
+                    "--scrub-rate {text}: give bytes a second such as 16MiB, or 0 for never"
+                ));
+            };
+            upkeep.scrub.rate = rate;
+        }
+        if let Some(text) = &self.scrub_every {
+            upkeep.scrub.every = duration("--scrub-every", text)?;
+        }
+        Ok(upkeep)
     }
 
     fn node_times(&self) -> Result<(Duration, Duration), ConfigError> {

@@ -455,8 +455,22 @@ impl Member {
         port.group.set(group.clone()).ok();
         let app = App::new(group.clone(), state);
         port.app.set(app.clone()).ok();
-        let chunks = stores.chunks.clone();
         let space = stores.space;
+        let liveness = agents::Liveness::new();
+        let peer_client = port.http.for_cluster(cluster_id);
+        let peers = MemberHttp::new(peer_client.clone(), group.clone());
+        let registry = RegistryService::new(
+            Arc::new(app.clone()),
+            (stores.chunks, stores.names),
+            MemberId(id),
+            Arc::new(peers.clone()),
+            cli::VERSION.to_owned(),
+            {
+                let space = Arc::clone(&space);
+                Box::new(move || space.may_store())
+            },
+            port.config.upkeep,
+        );
         let about = About {
             name: port.config.name.clone(),
             cluster_id: cluster_id.to_owned(),
@@ -472,25 +486,15 @@ impl Member {
                 let space = Arc::clone(&space);
                 Arc::new(move || space.complaint())
             },
-            chunks: Arc::new(move || chunks.stats()),
-        };
-        let liveness = agents::Liveness::new();
-        let peer_client = port.http.for_cluster(cluster_id);
-        let peers = MemberHttp::new(peer_client.clone(), group.clone());
-        let registry = RegistryService::new(
-            Arc::new(app.clone()),
-            (stores.chunks, stores.names),
-            MemberId(id),
-            Arc::new(peers.clone()),
-            cli::VERSION.to_owned(),
-            {
-                let space = Arc::clone(&space);
-                Box::new(move || space.may_store())
+            registry: {
+                let registry = Arc::clone(&registry);
+                Arc::new(move || registry.figures())
             },
-        );
+        };
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&registry).replicate());
         tasks.spawn(Arc::clone(&registry).tidy());
+        tasks.spawn(Arc::clone(&registry).look_after());
         tasks.spawn(space.watch(group.clone()));
         tasks.spawn(known::keep(port.config.data_dir.clone(), group.clone()));
         if let Some(schedule) = port.config.snapshots.clone() {

@@ -17,6 +17,7 @@ pub mod load;
 pub mod member;
 pub mod node;
 pub mod recover;
+pub mod registry;
 pub mod repair;
 pub mod server;
 pub mod snapshot;
@@ -69,6 +70,8 @@ enum Verb {
     Instance(Box<instance::InstanceArgs>),
     /// Push, pull and manage templates
     Template(template::TemplateArgs),
+    /// Give back room that no tag needs; verify what the members store
+    Registry(registry::RegistryArgs),
     /// Save the whole state, check a saved one, make a new cluster from it
     Snapshot(snapshot::SnapshotArgs),
     /// Measure a cluster under load
@@ -113,6 +116,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Verb::Node(args) => Box::pin(node::run(args, &endpoints, output)).await,
         Verb::Instance(args) => Box::pin(instance::run(*args, &endpoints, output)).await,
         Verb::Template(args) => Box::pin(template::run(args, &endpoints, output)).await,
+        Verb::Registry(args) => Box::pin(registry::run(args, &endpoints, output)).await,
         Verb::Snapshot(args) => Box::pin(snapshot::run(args, &endpoints, output)).await,
         Verb::Bench(args) => Box::pin(bench::run(args, &endpoints, output == Output::Json)).await,
         Verb::Completion { shell } => {

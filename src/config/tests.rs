@@ -202,3 +202,36 @@ fn a_schedule_needs_a_place_and_a_sane_pause() {
     assert!(schedule(Some("/s"), None, Some(0)).is_err());
     assert!(schedule(None, Some("1h"), None).is_err());
 }
+
+#[test]
+fn upkeep_has_defaults_and_refuses_nonsense() {
+    let upkeep = |grace: Option<&str>, every: Option<&str>, rate: Option<&str>| {
+        let mut args = args("c1=http://h:1");
+        args.gc_grace = grace.map(str::to_owned);
+        args.gc_every = every.map(str::to_owned);
+        args.scrub_rate = rate.map(str::to_owned);
+        args.resolve().map(|c| c.upkeep).map_err(|e| e.0)
+    };
+    let usual = upkeep(None, None, None).unwrap();
+    assert_eq!(usual.collect.grace, Duration::from_secs(86_400));
+    assert_eq!(usual.collect.every, Some(Duration::from_secs(3_600)));
+    assert_eq!(usual.scrub.rate, 16 << 20);
+    let own = upkeep(Some("2s"), Some("never"), Some("0")).unwrap();
+    assert_eq!(own.collect.grace, Duration::from_secs(2));
+    assert_eq!((own.collect.every, own.scrub.rate), (None, 0));
+    assert!(
+        upkeep(Some("0s"), None, None)
+            .unwrap_err()
+            .contains("--gc-grace")
+    );
+    assert!(
+        upkeep(None, Some("often"), None)
+            .unwrap_err()
+            .contains("--gc-every")
+    );
+    assert!(
+        upkeep(None, None, Some("fast"))
+            .unwrap_err()
+            .contains("--scrub-rate")
+    );
+}

@@ -23,13 +23,13 @@ pub mod time;
 use crate::agents::liveness::Liveness;
 use crate::app::{App, Consistency};
 use crate::peer::PeerClient;
+use crate::registry::Figures;
 use crate::space::Room;
 use axum::Router;
 use envelope::Call;
 use error::ApiError;
 use http::HeaderValue;
 use mainstay_model::State;
-use mainstay_storage::chunks::ChunkStats;
 use parking_lot::{Mutex, RwLockReadGuard};
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,8 +61,8 @@ pub struct About {
     pub disk: Getter<Option<Room>>,
     /// What is wrong with that room, if anything.
     pub complaint: Getter<Option<String>>,
-    /// Chunk store figures.
-    pub chunks: Getter<ChunkStats>,
+    /// Figures of the registry.
+    pub registry: Getter<Figures>,
 }
 
 /// Shared by all handlers; cheap to clone.

@@ -1,8 +1,8 @@
 //! The registry's REST dialect, as third parties speak it. Field names and texts are the wire
 //! contract's; the state decides, this only shows.
 
-use super::RegistryService;
 use super::answer::{Answer, Params, bad, done, fail, ok};
+use super::{RegistryService, Service};
 use crate::app::{AppError, Consistency};
 use crate::http::templates::{TemplateList, TemplateView};
 use crate::stamp;
@@ -13,9 +13,6 @@ use mainstay_model::command::TagSelector;
 use mainstay_model::{self as model, Command, Refusal, TemplateId};
 use serde::Serialize;
 use serde_json::{Value, json};
-use std::sync::Arc;
-
-type Service = State<Arc<RegistryService>>;
 
 /// The process answers.
 pub(super) async fn livez() -> Response {

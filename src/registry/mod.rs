@@ -7,6 +7,8 @@
 //! * `walk`: what a manifest reaches, and what of it is lacking here.
 //! * `fetch`: chunks from other members.
 //! * `replicate`: makes this member hold every tag; `replicas` shows how far that is.
+//! * `roots`: what must stay; `collect`: gives back the room of everything else.
+//! * `scrub`: finds what the disk has spoilt.
 //! * `dialect`: the registry's REST dialect for third parties.
 //! * `answer`: envelope, parameters, refusals.
 //! * `oci`: the OCI distribution API over the same store and commits.
@@ -17,26 +19,34 @@
 
 mod answer;
 mod catalog;
+mod collect;
 mod dialect;
 mod fetch;
 mod oci;
 mod publish;
 mod replicas;
 mod replicate;
+mod roots;
+mod scrub;
 #[cfg(test)]
 mod tests;
 mod transfer;
 mod walk;
 
 pub use catalog::Catalog;
+pub use collect::CollectConfig;
+pub use scrub::ScrubConfig;
 
 use axum::Router;
 use axum::routing::{delete, get, post, put};
-use mainstay_agent::transfer::api;
+use mainstay_agent::transfer::api::{self, CollectionStatus, ScrubStatus};
 use mainstay_model::MemberId;
 use mainstay_storage::blobs::BlobNames;
-use mainstay_storage::chunks::ChunkStore;
+use mainstay_storage::chunks::{ChunkStats, ChunkStore};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 use tower::util::MapRequest;
 
@@ -64,6 +74,46 @@ pub trait PeerHttp: Send + Sync + 'static {
 /// May more chunks be stored? Asked before each batch; if not: why, and what to do.
 pub type Room = dyn Fn() -> Result<(), String> + Send + Sync;
 
+/// What a handler is given.
+type Service = axum::extract::State<Arc<RegistryService>>;
+
+/// How a registry looks after what it holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Upkeep {
+    /// Its collector.
+    pub collect: CollectConfig,
+    /// Its scrubber.
+    pub scrub: ScrubConfig,
+}
+
+impl Default for Upkeep {
+    fn default() -> Self {
+        Self {
+            collect: CollectConfig {
+                grace: Duration::from_secs(24 * 3600),
+                every: Some(Duration::from_secs(3600)),
+            },
+            scrub: ScrubConfig {
+                rate: 16 << 20,
+                every: Duration::from_secs(7 * 24 * 3600),
+            },
+        }
+    }
+}
+
+/// Figures of one member's registry.
+#[derive(Clone, Debug, Default)]
+pub struct Figures {
+    /// What is stored.
+    pub chunks: ChunkStats,
+    /// What the collector did.
+    pub collections: CollectionStatus,
+    /// What the scrubber found.
+    pub scrubs: ScrubStatus,
+    /// Tags that this member held and that are not whole any more.
+    pub broken_tags: u64,
+}
+
 /// One member's registry.
 pub struct RegistryService {
     catalog: Arc<dyn Catalog>,
@@ -83,6 +133,13 @@ pub struct RegistryService {
     progress: replicas::ProgressMap,
     /// A stored chunk turned out damaged: what we say we hold must be checked again.
     damage: Notify,
+    /// Tags that this member held and that are not whole any more, and why.
+    broken: Mutex<BTreeMap<replicas::Key, String>>,
+    collect: CollectConfig,
+    collector: collect::Collector,
+    scrub: ScrubConfig,
+    scrubber: scrub::Scrubber,
+    leases: roots::Leases,
 }
 
 impl RegistryService {
@@ -95,6 +152,7 @@ impl RegistryService {
         peers: Arc<dyn PeerHttp>,
         version: String,
         room: Box<Room>,
+        upkeep: Upkeep,
     ) -> Arc<Self> {
         let (chunks, names) = stores;
         Arc::new(Self {
@@ -113,12 +171,43 @@ impl RegistryService {
             read_through: Semaphore::new(READ_THROUGH_MAX),
             progress: replicas::ProgressMap::default(),
             damage: Notify::new(),
+            broken: Mutex::default(),
+            collect: upkeep.collect,
+            collector: collect::Collector::default(),
+            scrub: upkeep.scrub,
+            scrubber: scrub::Scrubber::default(),
+            leases: roots::Leases::default(),
         })
     }
 
     /// Make this member hold every tag. Runs until it is dropped; spawn it once.
     pub async fn replicate(self: Arc<Self>) {
         replicate::run(self).await;
+    }
+
+    /// Give room back and verify what is stored. Runs until it is dropped; spawn it once.
+    pub async fn look_after(self: Arc<Self>) {
+        tokio::join!(collect::run(Arc::clone(&self)), scrub::run(self));
+    }
+
+    /// What it holds, and how that is looked after.
+    pub fn figures(&self) -> Figures {
+        Figures {
+            chunks: self.chunks.stats(),
+            collections: self.collector.status(),
+            scrubs: self.scrubber.status(),
+            broken_tags: self.broken.lock().len() as u64,
+        }
+    }
+
+    fn scrubs(&self) -> ScrubStatus {
+        let broken = self.broken.lock();
+        let broken = broken.iter().map(|(key, why)| format!("{key}: {why}"));
+        ScrubStatus {
+            damaged_now: self.chunks.stats().damaged,
+            broken: broken.collect(),
+            ..self.scrubber.status()
+        }
     }
 
     /// The chunk store.
@@ -141,6 +230,8 @@ fn transfer_router(service: Arc<RegistryService>) -> Router {
         .route(api::PUBLISH, post(publish::publish))
         .route(api::TAG, get(publish::look_up))
         .route(api::REPLICAS, get(replicas::list))
+        .route(api::GC, get(collect::status).post(collect::start))
+        .route(api::SCRUB, get(scrub::status).post(scrub::start))
         .with_state(service)
 }
 

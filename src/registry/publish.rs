@@ -114,6 +114,9 @@ impl RegistryService {
         check(&request).map_err(bad)?;
         let id = command_id(&request)?;
         let digest = hex_id(&request.manifest).map_err(|e| bad(e.to_string()))?;
+        // From here on the collector keeps all that it reaches; what was removed before is lacking now.
+        let mut lease = self.leases.begin(self.collect.grace);
+        lease.manifest(digest);
         let manifest = self.whole(digest).await?;
         let content = content(&request, Digest(digest), &manifest)?;
         let voters = voters(&self.catalog.members().await?);
@@ -127,7 +130,12 @@ impl RegistryService {
             copies_needed,
             voters,
         };
-        let outcome = self.catalog.submit(id, command).await?;
+        lease.linger();
+        let outcome = self.catalog.submit(id, command).await;
+        if matches!(outcome, Ok(_) | Err(AppError::Refused(_))) {
+            lease.settled();
+        }
+        let outcome = outcome?;
         let Outcome::Published {
             template,
             number,

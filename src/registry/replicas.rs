@@ -161,14 +161,11 @@ pub(super) async fn list(
 
 impl RegistryService {
     async fn describe(&self, row: Replica, id: MemberId, held: bool, key: &Key) -> Replica {
-        if held {
-            return Replica {
-                state: "complete".to_owned(),
-                ..row
-            };
-        }
         if id == self.member {
-            return self.own(row, key);
+            return self.own(row, held, key);
+        }
+        if held {
+            return complete(row);
         }
         match self.ask_peer(id, key).await {
             Ok(Some(theirs)) => Replica {
@@ -189,20 +186,25 @@ impl RegistryService {
         }
     }
 
-    fn own(&self, row: Replica, key: &Key) -> Replica {
-        let Some(progress) = self.progress.get(key) else {
-            return Replica {
-                state: "waiting".to_owned(),
-                ..row
-            };
-        };
+    fn own(&self, row: Replica, held: bool, key: &Key) -> Replica {
+        let broken = self.broken.lock().get(key).cloned();
+        if held && broken.is_none() {
+            return complete(row);
+        }
+        let progress = self.progress.get(key).unwrap_or_default();
         let running = progress.running.load(Ordering::Relaxed);
+        let state = match (&broken, running) {
+            (Some(_), _) => "damaged",
+            (None, true) => "copying",
+            (None, false) => "waiting",
+        };
         let failure = progress.failure.lock().clone();
+        let said: Vec<String> = broken.into_iter().chain(failure).collect();
         Replica {
-            state: if running { "copying" } else { "waiting" }.to_owned(),
+            state: state.to_owned(),
             done_bytes: progress.done.load(Ordering::Relaxed),
             total_bytes: progress.total.load(Ordering::Relaxed),
-            message: failure.unwrap_or_default(),
+            message: said.join("; "),
             ..row
         }
     }
@@ -220,5 +222,12 @@ impl RegistryService {
         let response = request.send().await.map_err(|e| answer::chain(&e))?;
         let answer: Answer<Vec<Replica>> = response.json().await.map_err(|e| answer::chain(&e))?;
         Ok(answer.body.and_then(|mut rows| rows.pop()))
+    }
+}
+
+fn complete(row: Replica) -> Replica {
+    Replica {
+        state: "complete".to_owned(),
+        ..row
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! in the state, not ours -> bring (names, then chunks, from holders first) -> walk again -> ReportHeld(true)
-//! said to be ours, but not whole (checked at start and after damage)      -> ReportHeld(false)
+//! said to be ours, but not whole (checked at start and after damage)      -> ReportHeld(false), noted as broken
 //! ours and invisible, although enough voters hold it (one got its vote later) -> ReportHeld(true)
 //! ```
 
@@ -15,6 +15,7 @@ use crate::stamp;
 use futures::StreamExt;
 use mainstay_agent::transfer::Id;
 use mainstay_model::{Command, MemberId, Refusal, State};
+use mainstay_storage::chunks::ChunkId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -84,6 +85,8 @@ pub(super) async fn run(service: Arc<RegistryService>) {
         changes.borrow_and_update();
         if let Ok(todo) = look(&service).await {
             checked.retain(|key| todo.claimed.contains(key));
+            let wanted = |key: &Key| todo.claimed.contains(key) || todo.lacking.contains_key(key);
+            service.broken.lock().retain(|key, _| wanted(key));
             check_claims(&service, &todo, &mut checked).await;
             say_again(&service, &todo, &checked).await;
             service.progress.keep(&todo.lacking);
@@ -160,19 +163,40 @@ async fn check_claims(service: &Arc<RegistryService>, todo: &Todo, checked: &mut
             continue;
         }
         let reached = service.walk(key.manifest.0).await;
-        let held = match reached {
-            Ok(Reach::Known(known)) => known.lacking.is_empty(),
-            Ok(Reach::Names(_)) | Err(WalkError::Invalid(_)) => false,
+        let why = match reached {
+            Ok(Reach::Known(known)) => service.why_broken(&known.lacking),
+            Ok(Reach::Names(names)) => service.why_broken(&names),
+            Err(WalkError::Invalid(e)) => Some(e.to_string()),
             // The disk cannot say: ask it again later.
             Err(WalkError::Storage(_)) => continue,
         };
-        if held {
+        let Some(why) = why else {
+            service.broken.lock().remove(key);
             checked.insert(key.clone());
             continue;
-        }
-        tracing::warn!(of = %key, "what this member held is not whole any more");
+        };
+        tracing::warn!(of = %key, why, "what this member held is not whole any more");
+        service.broken.lock().insert(key.clone(), why);
         if let Err(why) = report(service, key, false).await {
             tracing::warn!(why, "could not report a lost copy yet");
+        }
+    }
+}
+
+impl RegistryService {
+    /// What to say of a tag that this member held and that lacks these now; `None` if it lacks nothing.
+    fn why_broken(&self, lacking: &[Id]) -> Option<String> {
+        let ids: Vec<ChunkId> = lacking.iter().copied().map(ChunkId).collect();
+        match (self.chunks.damaged(&ids).len(), lacking.len()) {
+            (_, 0) => None,
+            (0, missing) => Some(format!("{missing} chunks are not on its disk any more")),
+            (damaged, all) if damaged == all => {
+                Some(format!("{damaged} chunks are damaged on its disk"))
+            }
+            (damaged, all) => Some(format!(
+                "{damaged} chunks are damaged on its disk, {} are missing",
+                all - damaged
+            )),
         }
     }
 }
@@ -223,12 +247,19 @@ fn ended_copy(
     service.progress.end(&key, result.as_ref().err().cloned());
     match result {
         Ok(()) => {
-            tracing::info!(of = %key, "copied");
+            match service.broken.lock().remove(&key) {
+                None => tracing::info!(of = %key, "copied"),
+                Some(why) => tracing::info!(of = %key, why, "what was broken is whole again"),
+            }
             pauses.remove(&key);
         }
         Err(why) => {
             let pause = pauses.get(&key).map_or(RETRY_MIN, |p| p.next);
-            tracing::warn!(of = %key, why, ?pause, "copying failed; it will be tried again");
+            if let Some(broken) = service.broken.lock().get(&key) {
+                tracing::error!(of = %key, broken, why, ?pause, "what is broken cannot be made whole yet: no member could send what is lacking");
+            } else {
+                tracing::warn!(of = %key, why, ?pause, "copying failed; it will be tried again");
+            }
             let next = (pause * 2).min(RETRY_MAX);
             pauses.insert(
                 key,

@@ -180,12 +180,7 @@ impl RegistryService {
         let chunks = self.chunks.clone();
         let read = move || {
             let ids: Vec<ChunkId> = ids.into_iter().map(ChunkId).collect();
-            let found = chunks.records(&ids).map_err(|e| answer::chain(&e))?;
-            for id in &found.damaged {
-                tracing::error!(chunk = %id, "a stored chunk is damaged; it will be fetched again");
-                chunks.forget(id);
-            }
-            Ok::<_, String>(found)
+            chunks.records(&ids).map_err(|e| answer::chain(&e))
         };
         let found = tokio::task::spawn_blocking(read)
             .await

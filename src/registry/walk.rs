@@ -122,15 +122,56 @@ fn held(chunks: &ChunkStore, id: &Id, len: u64) -> Result<bool, WalkError> {
     }
 }
 
+/// Mark everything that `digest` reaches as needed, as far as it is known here; `walked` are segments
+/// that were marked already. `false`: not all names are known here (or they are of a later release).
+pub(super) fn keep(
+    chunks: &ChunkStore,
+    digest: &Id,
+    walked: &mut HashSet<Id>,
+) -> Result<bool, StorageError> {
+    let Some(bytes) = get(chunks, digest)? else {
+        // If it is damaged it is needed nevertheless.
+        chunks.keep(&[ChunkId(*digest)]);
+        return Ok(false);
+    };
+    let Ok(manifest) = Manifest::parse(&bytes) else {
+        return Ok(false);
+    };
+    let mut whole = true;
+    for file in &manifest.files {
+        let Ok(segments) = file.segment_digests() else {
+            return Ok(false);
+        };
+        for segment in segments {
+            whole &= keep_segment(chunks, &segment, walked)?;
+        }
+    }
+    Ok(whole)
+}
+
+/// The same for one segment.
+pub(super) fn keep_segment(
+    chunks: &ChunkStore,
+    segment: &Id,
+    walked: &mut HashSet<Id>,
+) -> Result<bool, StorageError> {
+    if walked.contains(segment) {
+        return Ok(true);
+    }
+    let Some(bytes) = get(chunks, segment)? else {
+        chunks.keep(&[ChunkId(*segment)]);
+        return Ok(false);
+    };
+    walked.insert(*segment);
+    let ids: Vec<ChunkId> = segment_ids(&bytes).map(ChunkId).collect();
+    chunks.keep(&ids);
+    Ok(true)
+}
+
 /// A chunk's bytes. One that turns out damaged is not held any more, and so will be fetched again.
 pub(super) fn get(chunks: &ChunkStore, id: &Id) -> Result<Option<bytes::Bytes>, StorageError> {
-    let id = ChunkId(*id);
-    match chunks.get(&id) {
-        Err(StorageError::Corrupt { detail, .. }) => {
-            tracing::error!(chunk = %id, detail, "a stored chunk is damaged; it will be fetched again");
-            chunks.forget(&id);
-            Ok(None)
-        }
+    match chunks.get(&ChunkId(*id)) {
+        Err(StorageError::Corrupt { .. }) => Ok(None),
         other => other,
     }
 }

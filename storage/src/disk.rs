@@ -2,10 +2,11 @@
 //! them, or replay them up to a power cut. Knows bytes and names, never what they mean.
 
 use crate::{Result, StorageError};
+use rustix::fs::OFlags;
 use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -15,6 +16,10 @@ pub trait Disk: Debug + Send + Sync + 'static {
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
     /// Open an existing file for reading and writing.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
+    /// Open an existing file for aligned writes past the page cache, where there is such a thing.
+    fn open_direct(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        self.open(path)
+    }
     /// Rename, replacing the target.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Remove a file.
@@ -56,6 +61,15 @@ impl Disk for RealDisk {
         Ok(Arc::new(
             OpenOptions::new().read(true).write(true).open(path)?,
         ))
+    }
+
+    fn open_direct(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        let direct = i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
+        let file = OpenOptions::new()
+            .write(true)
+            .custom_flags(direct)
+            .open(path)?;
+        Ok(Arc::new(file))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

@@ -13,6 +13,7 @@ use mainstay::agents::liveness::Liveness;
 use mainstay::app::App;
 use mainstay::http::{About, ApiState, router};
 use mainstay::machine::ModelMachine;
+use mainstay::registry::Figures;
 use mainstay::space::Room;
 use mainstay_model::command::{Command, TagContent};
 use mainstay_model::ids::Digest;
@@ -102,9 +103,13 @@ fn about(id: u64) -> About {
             })
         }),
         complaint: Arc::new(|| None),
-        chunks: Arc::new(|| ChunkStats {
-            chunks: 3,
-            stored_bytes: 30,
+        registry: Arc::new(|| Figures {
+            chunks: ChunkStats {
+                chunks: 3,
+                stored_bytes: 30,
+                ..ChunkStats::default()
+            },
+            ..Figures::default()
         }),
     }
 }

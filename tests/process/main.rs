@@ -10,6 +10,7 @@ mod bootstrap;
 mod clean_stop;
 mod cluster;
 mod faults;
+mod gc;
 mod journey;
 mod kills;
 mod leader_kills;

@@ -9,6 +9,10 @@
 //! | `POST /registry/mainstay/v1/publish` | [`PublishRequest`] | [`TagInfo`]; 409 if this member lacks something the manifest reaches |
 //! | `GET /registry/mainstay/v1/tag?template=ID-OR-NAME` and `tag=NAME` or `number=N`, `wait=SECONDS` | | [`TagInfo`]; with `wait`, once it is visible or the time is over |
 //! | `GET /registry/mainstay/v1/replicas?template=ID-OR-NAME` and `tag=NAME` or `number=N` | | list of [`Replica`] |
+//! | `GET /registry/mainstay/v1/gc` | | [`CollectionStatus`] of this member |
+//! | `POST /registry/mainstay/v1/gc?dry_run=0-OR-1` | | the same, at once; `done` reaches the `asked` of this answer when the run has ended |
+//! | `GET /registry/mainstay/v1/scrub` | | [`ScrubStatus`] of this member |
+//! | `POST /registry/mainstay/v1/scrub` | | the same, at once: a round begins now, without a limit of its rate |
 //!
 //! JSON answers come in the dialect's envelope: `{"status":"OK"|"FAIL","body":...,"message":"..."}`.
 
@@ -26,6 +30,10 @@ pub const PUBLISH: &str = "/registry/mainstay/v1/publish";
 pub const TAG: &str = "/registry/mainstay/v1/tag";
 /// Who has a tag's bytes.
 pub const REPLICAS: &str = "/registry/mainstay/v1/replicas";
+/// Give back the room of chunks that nothing needs.
+pub const GC: &str = "/registry/mainstay/v1/gc";
+/// Verify every stored chunk.
+pub const SCRUB: &str = "/registry/mainstay/v1/scrub";
 /// Names in one request.
 pub const IDS_MAX: usize = 65536;
 
@@ -137,7 +145,7 @@ pub struct Replica {
     pub member: String,
     /// Member name.
     pub name: String,
-    /// `complete`, `copying`, `waiting` or `unknown`.
+    /// `complete`, `copying`, `waiting`, `damaged` or `unknown`.
     pub state: String,
     /// Bytes that it has so far (uncompressed, holes not counted).
     pub done_bytes: u64,
@@ -145,4 +153,114 @@ pub struct Replica {
     pub total_bytes: u64,
     /// Why it waits, or why its state is not known.
     pub message: String,
+}
+
+/// One run of a member's collector. Bytes of chunks are stored ones, those of packs are bytes on disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Collection {
+    /// When it began, in ms since the Unix epoch.
+    pub began_ms: u64,
+    /// How long it took.
+    pub took_ms: u64,
+    /// It was only to say what it would do.
+    pub dry_run: bool,
+    /// Why nothing was removed; empty if all went well.
+    pub refused: String,
+    /// Applied index of the state whose tags were kept.
+    pub applied: u64,
+    /// Chunks stay for so long after nothing needs them.
+    pub grace_s: u64,
+    /// Chunks that something needs, or that were used during the run.
+    pub live_chunks: u64,
+    /// Their bytes.
+    pub live_bytes: u64,
+    /// Chunks that nothing needs, not yet for so long.
+    pub waiting_chunks: u64,
+    /// Their bytes.
+    pub waiting_bytes: u64,
+    /// Chunks that nothing has needed for so long, before the sweep.
+    pub dead_chunks: u64,
+    /// Their bytes.
+    pub dead_bytes: u64,
+    /// Bytes of packs that the sweep gives, or would give, back.
+    pub reclaimable_bytes: u64,
+    /// Chunks removed.
+    pub removed_chunks: u64,
+    /// Their bytes.
+    pub removed_bytes: u64,
+    /// Chunks copied out of packs that were removed.
+    pub moved_chunks: u64,
+    /// Their bytes.
+    pub moved_bytes: u64,
+    /// Packs removed.
+    pub removed_packs: u64,
+    /// Packs left because the disk has no room for the copies.
+    pub postponed_packs: u64,
+    /// Bytes by which the packs are smaller now.
+    pub freed_bytes: u64,
+    /// Packs, after the run.
+    pub packs: u64,
+    /// Their bytes.
+    pub pack_bytes: u64,
+}
+
+/// A member's collector.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CollectionStatus {
+    /// Runs asked for since the member's start.
+    pub asked: u64,
+    /// The newest of them that has ended.
+    pub done: u64,
+    /// Runs since the member's start, those that nobody asked for included.
+    pub runs: u64,
+    /// Those of them that removed nothing because they could not be sure.
+    pub refusals: u64,
+    /// Chunks removed by all of them.
+    pub removed_chunks: u64,
+    /// Bytes given back by all of them.
+    pub freed_bytes: u64,
+    /// The last one.
+    pub last: Option<Collection>,
+}
+
+/// A member's scrubber. Counts are since the member's start, but those of the round.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ScrubStatus {
+    /// Rounds asked for.
+    pub asked: u64,
+    /// The newest of them that has ended.
+    pub done: u64,
+    /// A round is under way.
+    pub running: bool,
+    /// Whole rounds.
+    pub rounds: u64,
+    /// Chunks verified.
+    pub chunks: u64,
+    /// Their bytes on disk.
+    pub bytes: u64,
+    /// Chunks found damaged.
+    pub damaged: u64,
+    /// Chunks verified in the present or last round, since the member's start.
+    pub round_chunks: u64,
+    /// Their bytes on disk.
+    pub round_bytes: u64,
+    /// Those of them that were damaged.
+    pub round_damaged: u64,
+    /// Bytes of packs that the round has passed.
+    pub seen_bytes: u64,
+    /// Bytes of all packs.
+    pub total_bytes: u64,
+    /// When the present or last round began, in ms since the Unix epoch; it may be before the start.
+    pub begun_ms: u64,
+    /// When the last whole round ended.
+    pub ended_ms: u64,
+    /// Why it does not go on.
+    pub failure: String,
+    /// Chunks that are damaged now: not held, and not fetched again yet.
+    pub damaged_now: u64,
+    /// Tags that this member held and that are not whole any more, and what is known of each.
+    pub broken: Vec<String>,
 }

@@ -82,7 +82,7 @@ struct Stats {
 }
 
 pub(super) async fn stats(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let chunks = (api.about.chunks)();
+    let chunks = (api.about.registry)().chunks;
     let reading = api.read(&call).await?;
     let mut stats = figures(reading.view().state, stamp::now_ms());
     stats.chunks = chunks.chunks;

@@ -3,6 +3,7 @@
 
 use crate::app::Consistency;
 use crate::http::{About, ApiState};
+use crate::registry::Figures;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::header;
@@ -36,11 +37,20 @@ impl Page {
         self.gauges(name, help, &[("", value)]);
     }
 
+    /// A metric that only grows while the process runs.
+    fn counter(&mut self, name: &str, help: &str, value: u64) {
+        self.metric("counter", name, help, &[("", value)]);
+    }
+
     /// A metric with one value for each set of labels (`{key="value"}`).
     fn gauges(&mut self, name: &str, help: &str, values: &[(&str, u64)]) {
+        self.metric("gauge", name, help, values);
+    }
+
+    fn metric(&mut self, kind: &str, name: &str, help: &str, values: &[(&str, u64)]) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.0, "# HELP mainstay_{name} {help}");
-        let _ = writeln!(self.0, "# TYPE mainstay_{name} gauge");
+        let _ = writeln!(self.0, "# TYPE mainstay_{name} {kind}");
         for (labels, value) in values {
             let _ = writeln!(self.0, "mainstay_{name}{labels} {value}");
         }
@@ -59,10 +69,48 @@ fn about(page: &mut Page, about: &About) {
     }
     let low = "1 while that disk has too little room for pushes.";
     page.gauge("disk_low", low, u64::from((about.complaint)().is_some()));
-    let chunks = (about.chunks)();
+    registry(page, &(about.registry)());
+}
+
+fn registry(page: &mut Page, figures: &Figures) {
+    let chunks = &figures.chunks;
     page.gauge("chunks", "Chunks held.", chunks.chunks);
     let stored = "Bytes they take, compressed.";
     page.gauge("chunk_stored_bytes", stored, chunks.stored_bytes);
+    page.gauge("chunk_packs", "Packs on disk.", chunks.packs);
+    let packs = "Bytes of the packs on disk.";
+    page.gauge("chunk_pack_bytes", packs, chunks.pack_bytes);
+    let damaged = "Chunks found damaged and not fetched again yet.";
+    page.gauge("chunks_damaged", damaged, chunks.damaged);
+    let broken = "Tags that this member held and that are not whole any more.";
+    page.gauge("tags_broken", broken, figures.broken_tags);
+    let gc = &figures.collections;
+    if let Some(last) = &gc.last {
+        page.gauges(
+            "gc_chunk_bytes",
+            "Stored bytes by what the last collection found.",
+            &[
+                ("{state=\"live\"}", last.live_bytes),
+                ("{state=\"waiting\"}", last.waiting_bytes),
+                ("{state=\"dead\"}", last.dead_bytes),
+            ],
+        );
+    }
+    page.counter("gc_runs_total", "Collections.", gc.runs);
+    let refused = "Collections that removed nothing because they could not be sure.";
+    page.counter("gc_refusals_total", refused, gc.refusals);
+    let removed = "Chunks removed.";
+    page.counter("gc_removed_chunks_total", removed, gc.removed_chunks);
+    let freed = "Bytes given back.";
+    page.counter("gc_freed_bytes_total", freed, gc.freed_bytes);
+    let scrub = &figures.scrubs;
+    page.counter("scrub_rounds_total", "Whole rounds.", scrub.rounds);
+    page.counter("scrub_chunks_total", "Chunks verified.", scrub.chunks);
+    page.counter("scrub_bytes_total", "Bytes verified.", scrub.bytes);
+    let found = "Chunks that verification found damaged.";
+    page.counter("scrub_damaged_total", found, scrub.damaged);
+    let ended = "End of the last whole round, in seconds since the Unix epoch.";
+    page.gauge("scrub_last_end_seconds", ended, scrub.ended_ms / 1000);
 }
 
 fn consensus(page: &mut Page, status: &Status) {

@@ -6,6 +6,7 @@
 
 use super::error::{OciError, bad_size, full, unavailable};
 use crate::registry::RegistryService;
+use crate::registry::roots::Lease;
 use bytes::{Bytes, BytesMut};
 use mainstay_agent::transfer::{
     CHUNK_LEN, FileEntry, Id, SEGMENT_CHUNKS, SIZE_MAX, ZERO_CHUNK, name_of,
@@ -30,6 +31,8 @@ pub(super) struct Ingest {
     /// `None` while a batch has it.
     work: Option<Box<Work>>,
     running: Option<JoinHandle<Result<Box<Work>, Failure>>>,
+    /// Keeps what was stored: it has no name before the end.
+    lease: Option<Lease>,
 }
 
 /// What all bytes so far come to.
@@ -65,6 +68,7 @@ impl Default for Ingest {
             tail: BytesMut::new(),
             work: Some(Box::default()),
             running: None,
+            lease: None,
         }
     }
 }
@@ -127,7 +131,11 @@ impl Ingest {
         };
         let done = running.await;
         self.running = None;
-        self.work = Some(done.map_err(|_| Failure::Stopping)??);
+        let work = done.map_err(|_| Failure::Stopping)??;
+        if let Some(lease) = &self.lease {
+            lease.so_far(&work.segments, &work.ids);
+        }
+        self.work = Some(work);
         Ok(())
     }
 
@@ -138,6 +146,8 @@ impl Ingest {
         last: bool,
     ) -> Result<(), Failure> {
         let work = self.work.take().ok_or(Failure::Stopping)?;
+        self.lease
+            .get_or_insert_with(|| service.leases.begin(service.collect.grace));
         let service = Arc::clone(service);
         self.running = Some(tokio::spawn(async move {
             (service.room)().map_err(Failure::Full)?;

@@ -263,6 +263,9 @@ impl RegistryService {
         let bytes = manifest.to_bytes().map_err(|e| e.to_string())?;
         let stored = self.put_chunk(bytes).await;
         let id = stored.map_err(|e| format!("could not store its description: {e:?}"))?;
+        // Held until it has its name.
+        let lease = self.leases.begin(self.collect.grace);
+        lease.manifest(id);
         replicate::bring(self, id, &found.holders, None).await?;
         self.check(digest, &found).await?;
         let named = self.name_blob(name, digest, found.file).await;

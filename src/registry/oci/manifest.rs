@@ -11,8 +11,9 @@ use super::locate::Located;
 use super::route::{self, Reference};
 use super::template::{self, Derived};
 use super::{CONTENT_DIGEST, document, file_of, serve, value};
-use crate::app::Consistency;
+use crate::app::{AppError, Consistency};
 use crate::registry::catalog::voters;
+use crate::registry::roots::Lease;
 use crate::registry::{RegistryService, answer, replicate};
 use crate::stamp;
 use axum::body::Body;
@@ -170,9 +171,14 @@ impl RegistryService {
             Reference::Digest(_) => {}
             Reference::Tag(tag) => tags = vec![tag],
         }
-        let (content, found) = self.bundle(name, &document, digest, own).await?;
+        let mut lease = self.leases.begin(self.collect.grace);
+        let (content, found) = self.bundle(name, &document, digest, own, &lease).await?;
         let template = self.template_of(&document, &tags, &found).await?;
-        self.commit(name, &tags, content, template).await?;
+        if let Some(template) = &template {
+            lease.manifest(template.content.manifest.0);
+        }
+        lease.linger();
+        self.commit(name, &tags, content, template, lease).await?;
         tracing::info!(repository = name, %digest, ?tags, "OCI manifest put");
         let mut response = StatusCode::CREATED.into_response();
         let headers = response.headers_mut();
@@ -204,6 +210,7 @@ impl RegistryService {
         document: &Document,
         digest: Sha256,
         own: FileEntry,
+        lease: &Lease,
     ) -> Result<(ArtifactContent, Vec<(Sha256, Located)>), OciError> {
         let size = own.size;
         let mut found: Vec<(Sha256, Located)> = Vec::with_capacity(document.blobs.len());
@@ -234,6 +241,8 @@ impl RegistryService {
         };
         let bundle = bundle.to_bytes().map_err(|e| bad_manifest(e.to_string()))?;
         let bundle = self.put_chunk(bundle).await?;
+        // From here on the collector keeps all that it reaches; what was removed before is fetched now.
+        lease.manifest(bundle);
         let holders = Self::holders_of(&found);
         let brought = replicate::bring(self, bundle, &holders, None).await;
         brought.map_err(|why| unavailable(format!("a blob cannot be had: {why}")))?;
@@ -287,6 +296,7 @@ impl RegistryService {
         tags: &[String],
         content: ArtifactContent,
         template: Option<ArtifactTemplate>,
+        lease: Lease,
     ) -> Result<(), OciError> {
         let voters = voters(&self.catalog.members().await?);
         let count = u32::try_from(voters.len()).unwrap_or(u32::MAX);
@@ -304,7 +314,11 @@ impl RegistryService {
             voters,
         };
         let command = Command::PutArtifact { put: Box::new(put) };
-        self.catalog.submit(stamp::command_id(), command).await?;
+        let outcome = self.catalog.submit(stamp::command_id(), command).await;
+        if matches!(outcome, Ok(_) | Err(AppError::Refused(_))) {
+            lease.settled();
+        }
+        outcome?;
         self.wait_shown(name, &digest, tags).await
     }
 

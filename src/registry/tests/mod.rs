@@ -1,6 +1,7 @@
 //! The registry over real HTTP and real chunk stores; the replicated state is the real model, the
 //! consensus around it is one lock.
 
+mod collect;
 mod dialect;
 mod oci;
 mod pull;
@@ -14,11 +15,12 @@ use mainstay_agent::transfer::api::Durability;
 use mainstay_agent::transfer::{Published, PushSpec, TransferError, pull_file, push_file};
 use mainstay_model::{Command, CommandId, Envelope, Outcome, State};
 use mainstay_raft::{Member, MemberStatus, Role, Status};
+use mainstay_storage::chunks::ChunkOptions;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -31,6 +33,8 @@ struct Shared {
     urls: Mutex<BTreeMap<MemberId, String>>,
     /// Members whose disk is full.
     full: Mutex<BTreeSet<u64>>,
+    /// No quorum: nobody can say that it is up to date.
+    cut_off: AtomicBool,
 }
 
 struct Fake(Arc<Shared>);
@@ -39,9 +43,13 @@ struct Fake(Arc<Shared>);
 impl Catalog for Fake {
     async fn look(
         &self,
-        _: Consistency,
+        consistency: Consistency,
         look: &mut (dyn for<'a> FnMut(&'a State) + Send),
     ) -> Result<(), AppError> {
+        let cut_off = self.0.cut_off.load(Ordering::Relaxed);
+        if cut_off && consistency == Consistency::Linearizable {
+            return Err(mainstay_raft::GroupError::NoLeader.into());
+        }
         look(&self.0.state.lock());
         Ok(())
     }
@@ -106,6 +114,9 @@ impl Drop for TestMember {
 struct Cluster {
     shared: Arc<Shared>,
     dir: tempfile::TempDir,
+    upkeep: Upkeep,
+    /// Seconds by which the chunk stores' clocks are ahead.
+    hand: Arc<AtomicU64>,
 }
 
 impl Cluster {
@@ -129,11 +140,19 @@ impl Cluster {
             status,
             urls: Mutex::default(),
             full: Mutex::default(),
+            cut_off: AtomicBool::new(false),
         };
         Self {
             shared: Arc::new(shared),
             dir: tempfile::tempdir().unwrap(),
+            upkeep: Upkeep::default(),
+            hand: Arc::default(),
         }
+    }
+
+    /// As if so much time had passed in the chunk stores.
+    fn pass(&self, time: Duration) {
+        self.hand.fetch_add(time.as_secs(), Ordering::Relaxed);
     }
 
     fn chunk_dir(&self, id: u64) -> PathBuf {
@@ -142,7 +161,14 @@ impl Cluster {
 
     /// Serve member `id` from its directory; with or without its replicator.
     async fn serve(&self, id: u64, replicates: bool) -> TestMember {
-        let chunks = ChunkStore::open(&self.chunk_dir(id)).unwrap();
+        let (opened, hand) = (Instant::now(), Arc::clone(&self.hand));
+        let options = ChunkOptions {
+            clock: Arc::new(move || {
+                opened.elapsed() + Duration::from_secs(hand.load(Ordering::Relaxed))
+            }),
+            ..ChunkOptions::default()
+        };
+        let chunks = ChunkStore::open_with(&self.chunk_dir(id), options).unwrap();
         let names = BlobNames::open(&self.dir.path().join(format!("blobs-{id}"))).unwrap();
         let catalog = Arc::new(Fake(Arc::clone(&self.shared)));
         let peers = Arc::new(FakePeers {
@@ -162,6 +188,7 @@ impl Cluster {
             peers,
             version,
             Box::new(room),
+            self.upkeep,
         );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -172,6 +199,7 @@ impl Cluster {
         if replicates {
             tasks.push(tokio::spawn(Arc::clone(&service).replicate()));
         }
+        tasks.push(tokio::spawn(Arc::clone(&service).look_after()));
         self.shared.urls.lock().insert(MemberId(id), url.clone());
         TestMember {
             service,

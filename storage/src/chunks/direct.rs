@@ -4,9 +4,9 @@
 use super::io;
 use super::record::{HEADER_LEN, Header};
 use crate::Result;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use crate::disk::{Disk, DiskFile};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Direct writes start and end at multiples of this, and so do batches: a block that holds
 /// something acknowledged is never written again.
@@ -16,7 +16,8 @@ const BUFFER: usize = 8 << 20;
 
 /// Writes at the end of one file.
 pub(super) struct Appender {
-    file: File,
+    disk: Arc<dyn Disk>,
+    file: Arc<dyn DiskFile>,
     path: PathBuf,
     direct: bool,
     /// Over-allocated; the aligned part starts at `start` and is never moved.
@@ -29,19 +30,15 @@ pub(super) struct Appender {
 
 impl Appender {
     /// Append to `path` at `offset` (a multiple of [`BLOCK`]).
-    pub(super) fn open(path: &Path, offset: u64) -> Result<Self> {
-        let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).unwrap_or(0);
-        let opened = OpenOptions::new()
-            .write(true)
-            .custom_flags(direct)
-            .open(path);
-        let (file, direct) = match opened {
+    pub(super) fn open(disk: &Arc<dyn Disk>, path: &Path, offset: u64) -> Result<Self> {
+        let (file, direct) = match disk.open_direct(path) {
             Ok(file) => (file, true),
-            Err(_) => (open_buffered(path)?, false),
+            Err(_) => (disk.open(path).map_err(io("open", path))?, false),
         };
         let memory = vec![0; BUFFER + BLOCK];
         let start = memory.as_ptr().align_offset(BLOCK);
         Ok(Self {
+            disk: Arc::clone(disk),
             file,
             path: path.to_owned(),
             direct,
@@ -110,7 +107,7 @@ impl Appender {
             .as_ref()
             .is_err_and(|e| e.raw_os_error() == Some(EINVAL));
         if refused && self.direct {
-            self.file = open_buffered(&self.path)?;
+            self.file = self.disk.open(&self.path).map_err(io("open", &self.path))?;
             self.direct = false;
             self.file
                 .write_all_at(bytes, self.offset)
@@ -126,10 +123,3 @@ impl Appender {
 
 /// What a file system answers that takes the flag but not the write.
 const EINVAL: i32 = rustix::io::Errno::INVAL.raw_os_error();
-
-fn open_buffered(path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .write(true)
-        .open(path)
-        .map_err(io("open", path))
-}

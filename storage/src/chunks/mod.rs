@@ -6,30 +6,46 @@
 //! * `pack`: naming, creating and scanning packs.
 //! * `index`: where each chunk is; index files of full packs.
 //! * `writer`: the one thread that writes; concurrent puts share its fsync.
+//! * `collect`: gives back the room of chunks that nothing needs.
+//! * `shared`: what all of these look at.
+//! * `verify`: reads everything again, and finds what is damaged.
 //!
 //! ```text
 //! put -> verify (caller's thread) -> queue -> write batch -> fdatasync -> index -> answer
 //! ```
 //! A crash between any two of these steps loses only what was not yet answered.
+//!
+//! No call of the store tells that a chunk is held without marking it as used in the same step: what
+//! was told is kept for as long as the collector's grace, whatever the collector is doing.
 
+mod collect;
 mod direct;
 mod index;
 mod pack;
 mod read;
 mod record;
+mod shared;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod writer;
 
+pub use collect::{Mark, Survey, Swept};
+pub use index::{Clock, Sum};
+pub use verify::{Checked, Place, Rounds, Verifier};
+
+use crate::disk::{Disk, RealDisk};
 use crate::{Result, StorageError};
 use bytes::Bytes;
-use index::Index;
+use index::{Entry, Location};
 use parking_lot::Mutex;
+use shared::Shared;
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 /// Largest uncompressed chunk (a manifest of a very large disk); file chunks are [`CHUNK_LEN`].
 pub const CHUNK_LEN_MAX: usize = 8 << 20;
@@ -37,6 +53,8 @@ pub const CHUNK_LEN_MAX: usize = 8 << 20;
 pub const CHUNK_LEN: usize = 64 << 10;
 /// A pack that has grown to this length is sealed. Offsets in a pack fit 32 bits.
 const PACK_LEN: u64 = 1 << 30;
+/// A pack with less waste than this is not rewritten for it.
+const WASTE_MIN: u64 = 1 << 20;
 /// Puts that may wait for the writer; more block their callers.
 const QUEUE_LEN: usize = 64;
 
@@ -97,6 +115,12 @@ pub struct ChunkStats {
     pub chunks: u64,
     /// Stored bytes.
     pub stored_bytes: u64,
+    /// Packs.
+    pub packs: u64,
+    /// Bytes of the packs: stored bytes, and what is not needed any more.
+    pub pack_bytes: u64,
+    /// Chunks that were found damaged and have not been put again.
+    pub damaged: u64,
 }
 
 /// What [`ChunkStore::records`] found.
@@ -104,8 +128,30 @@ pub struct ChunkStats {
 pub struct Found {
     /// In the order they lie on disk. What is not held is absent.
     pub records: Vec<Record>,
-    /// Held by name, but the bytes on disk are bad.
+    /// Were held by name, but the bytes on disk are bad: not held any more.
     pub damaged: Vec<ChunkId>,
+}
+
+/// How a store is opened.
+#[derive(Clone)]
+pub struct ChunkOptions {
+    /// Length at which packs are sealed, below 2 GiB.
+    pub pack_len: u64,
+    /// Where the files live.
+    pub disk: Arc<dyn Disk>,
+    /// By which the collector's grace is measured.
+    pub clock: Clock,
+}
+
+impl Default for ChunkOptions {
+    fn default() -> Self {
+        let opened = Instant::now();
+        Self {
+            pack_len: PACK_LEN,
+            disk: Arc::new(RealDisk),
+            clock: Arc::new(move || opened.elapsed()),
+        }
+    }
 }
 
 /// The store. Cheap to clone; calls block.
@@ -118,13 +164,8 @@ struct Inner {
     shared: Arc<Shared>,
     queue: Option<mpsc::SyncSender<writer::Job>>,
     thread: Option<JoinHandle<()>>,
-}
-
-/// What readers and the writer share.
-pub(crate) struct Shared {
-    dir: PathBuf,
-    index: Index,
-    readers: Mutex<read::Readers>,
+    /// Held by the one sweep that is under way.
+    sweeping: Mutex<()>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -138,18 +179,29 @@ impl std::fmt::Debug for Inner {
 impl ChunkStore {
     /// Open or create. Scans what is not indexed; a torn tail is cut off.
     pub fn open(dir: &Path) -> Result<Self> {
-        Self::open_with(dir, PACK_LEN)
+        Self::open_with(dir, ChunkOptions::default())
     }
 
-    /// The same with another length at which packs are sealed (below 2 GiB).
-    pub fn open_with(dir: &Path, pack_len: u64) -> Result<Self> {
-        let (index, active) = pack::open_all(dir)?;
+    /// The same, otherwise than usual.
+    pub fn open_with(dir: &Path, options: ChunkOptions) -> Result<Self> {
+        let ChunkOptions {
+            pack_len,
+            disk,
+            clock,
+        } = options;
+        let opened = pack::open_all(&*disk, dir, clock)?;
         let shared = Arc::new(Shared {
             dir: dir.to_owned(),
-            index,
-            readers: Mutex::new(read::Readers::default()),
+            disk,
+            index: opened.index,
+            readers: Mutex::default(),
+            packs: Mutex::new(opened.lens),
+            active: AtomicU32::new(opened.active.number),
+            bad: Mutex::default(),
+            waste_min: (pack_len / 8).min(WASTE_MIN),
         });
-        let writer = writer::Writer::new(Arc::clone(&shared), active, pack_len.min(2 << 30))?;
+        let pack_len = pack_len.min(2 << 30);
+        let writer = writer::Writer::new(Arc::clone(&shared), opened.active, pack_len)?;
         let (queue, jobs) = mpsc::sync_channel(QUEUE_LEN);
         let thread = std::thread::Builder::new()
             .name("chunk-writer".to_owned())
@@ -160,18 +212,19 @@ impl ChunkStore {
                 shared,
                 queue: Some(queue),
                 thread: Some(thread),
+                sweeping: Mutex::default(),
             }),
         })
     }
 
-    /// Is it held (verified and durable)?
+    /// Is it held (verified and durable)? If so, it counts as used now.
     pub fn contains(&self, id: &ChunkId) -> bool {
-        self.inner.shared.index.get(id).is_some()
+        self.inner.shared.index.touch(id).is_some()
     }
 
-    /// Uncompressed length of a chunk that is held.
+    /// Uncompressed length of a chunk that is held; it counts as used now.
     pub fn raw_len(&self, id: &ChunkId) -> Option<u32> {
-        self.inner.shared.index.get(id).map(|at| at.raw_len)
+        self.inner.shared.index.touch(id).map(|at| at.raw_len)
     }
 
     /// Verify every record, write those not yet held, fsync: all are durable on return. One bad
@@ -192,55 +245,127 @@ impl ChunkStore {
                 ..PutReport::default()
             });
         }
-        let (reply, answer) = mpsc::sync_channel(1);
-        let stopped = || StorageError::Stopped("the chunk writer has ended".to_owned());
-        let queue = self.inner.queue.as_ref().ok_or_else(stopped)?;
-        queue
-            .send(writer::Job {
+        let job = |reply| {
+            writer::Job::Put(writer::Put {
                 records: fresh,
                 reply,
             })
-            .map_err(|_| stopped())?;
-        let mut report = answer.recv().map_err(|_| stopped())??;
+        };
+        let mut report = self.ask(job)?;
         report.known = total - report.stored;
         Ok(report)
     }
 
+    /// Have the writer do something.
+    fn ask<T>(&self, job: impl FnOnce(writer::Reply<T>) -> writer::Job) -> Result<T> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(job(reply))?;
+        answer.recv().map_err(|_| stopped())?
+    }
+
+    fn send(&self, job: writer::Job) -> Result<()> {
+        let queue = self.inner.queue.as_ref().ok_or_else(stopped)?;
+        queue.send(job).map_err(|_| stopped())
+    }
+
+    /// No index file may name these any more. If that fails a restart finds them, and finds them
+    /// bad again.
+    fn strike(&self, damaged: Vec<Entry>) {
+        if !damaged.is_empty()
+            && let Err(error) = self.send(writer::Job::Strike(damaged))
+        {
+            tracing::warn!(%error, "damaged chunks stay in their index file");
+        }
+    }
+
     /// A chunk's uncompressed bytes, verified; `None` if not held.
     pub fn get(&self, id: &ChunkId) -> Result<Option<Bytes>> {
-        let Some(record) = self.record(id)? else {
+        let Some((record, at)) = self.read(id)? else {
             return Ok(None);
         };
-        record
-            .verify()
-            .map(Some)
-            .map_err(|_| StorageError::Corrupt {
-                path: self.inner.shared.dir.clone(),
-                detail: format!(
-                    "chunk {id} does not hash to its name; fetch it from another member"
-                ),
-            })
+        record.verify().map(Some).map_err(|_| {
+            if self.inner.shared.quarantine(id, &at) {
+                self.strike(vec![(*id, at)]);
+            }
+            self.corrupt(id, "does not hash to its name")
+        })
     }
 
     /// A chunk in stored form, for sending on (the receiver verifies).
     pub fn record(&self, id: &ChunkId) -> Result<Option<Record>> {
-        self.inner.shared.read(id)
+        Ok(self.read(id)?.map(|(record, _)| record))
+    }
+
+    /// One record; `Corrupt` if its bytes are not what was written.
+    fn read(&self, id: &ChunkId) -> Result<Option<(Record, Location)>> {
+        let mut seen = self.inner.shared.read_many(std::slice::from_ref(id))?;
+        if seen.damaged.is_empty() {
+            return Ok(seen.records.pop());
+        }
+        self.strike(seen.damaged);
+        Err(self.corrupt(id, "fails its checksum"))
+    }
+
+    fn corrupt(&self, id: &ChunkId, why: &str) -> StorageError {
+        StorageError::Corrupt {
+            path: self.inner.shared.dir.clone(),
+            detail: format!("chunk {id} {why}; fetch it from another member"),
+        }
     }
 
     /// Those of these chunks that are held, read with few large reads.
     pub fn records(&self, ids: &[ChunkId]) -> Result<Found> {
-        self.inner.shared.read_many(ids)
-    }
-
-    /// Stop claiming to hold a chunk whose bytes turned out bad, so that a good copy can be put.
-    /// Until then a restart may find it again, and find it bad again.
-    pub fn forget(&self, id: &ChunkId) {
-        self.inner.shared.index.remove(id);
+        let seen = self.inner.shared.read_many(ids)?;
+        let damaged = seen.damaged.iter().map(|(id, _)| *id).collect();
+        self.strike(seen.damaged);
+        let records = seen.records.into_iter().map(|(record, _)| record);
+        Ok(Found {
+            records: records.collect(),
+            damaged,
+        })
     }
 
     /// Figures.
     pub fn stats(&self) -> ChunkStats {
-        self.inner.shared.index.stats()
+        let shared = &self.inner.shared;
+        let held = shared.index.held();
+        let packs = shared.packs.lock();
+        ChunkStats {
+            chunks: held.chunks,
+            stored_bytes: held.bytes,
+            packs: packs.len() as u64,
+            pack_bytes: packs.values().sum(),
+            damaged: shared.bad.lock().len() as u64,
+        }
+    }
+
+    /// Those of these chunks that were found damaged here and have not been put again.
+    pub fn damaged(&self, ids: &[ChunkId]) -> Vec<ChunkId> {
+        let bad = self.inner.shared.bad.lock();
+        let damaged = ids.iter().filter(|id| bad.contains_key(id));
+        damaged.copied().collect()
+    }
+
+    /// What a pack holds, as its index file or the writer has it.
+    fn entries(&self, number: u32) -> Result<Vec<Entry>> {
+        let shared = &self.inner.shared;
+        if number == shared.active.load(Ordering::Relaxed) {
+            let (growing, entries) = self.ask(writer::Job::Entries)?;
+            if growing == number {
+                return Ok(entries);
+            }
+        }
+        match pack::entries_of(&*shared.disk, &shared.dir, number) {
+            Ok((entries, _)) => Ok(entries),
+            // Removed meanwhile, or lost: then all that was in it will be found bad.
+            Err(error) if read::gone(&error) => Ok(shared.index.in_pack(number)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The directory it lies in.
+    pub fn dir(&self) -> &Path {
+        &self.inner.shared.dir
     }
 
     /// Free and total bytes of the file system it lies on.
@@ -263,6 +388,10 @@ impl Drop for Inner {
             let _ = thread.join();
         }
     }
+}
+
+fn stopped() -> StorageError {
+    StorageError::Stopped("the chunk writer has ended".to_owned())
 }
 
 /// Names what was done to what, for an error of the operating system.

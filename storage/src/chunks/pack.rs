@@ -1,13 +1,15 @@
 //! Packs: files `pack-XXXXXXXX.mspk` of records, one block of header in front. Only the last one
-//! grows. Opening reads the index files of the others and scans the last.
+//! grows. Opening reads the index files of the others and scans the last. Any but the last may be
+//! missing: its chunks died, or lie in a later pack.
 
 use super::direct::BLOCK;
-use super::index::{self, Entry, Index, Location, sync_dir};
+use super::index::{self, Clock, Entry, Index, Location, sync_dir};
 use super::record::{HEADER_LEN, Header, MAGIC};
 use super::{CHUNK_LEN_MAX, io};
+use crate::disk::Disk;
 use crate::{Result, StorageError};
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -42,18 +44,20 @@ pub(super) fn index_path(dir: &Path, number: u32) -> PathBuf {
 }
 
 /// Create an empty pack; durable and findable on return.
-pub(super) fn create(dir: &Path, number: u32) -> Result<Active> {
+pub(super) fn create(disk: &dyn Disk, dir: &Path, number: u32) -> Result<Active> {
     let path = path(dir, number);
+    if path.exists() {
+        return Err(StorageError::Foreign(format!(
+            "{} is there already: is another process writing here?",
+            path.display()
+        )));
+    }
     let mut block = [0; BLOCK];
     block[..16].copy_from_slice(&PACK_HEADER);
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .map_err(io("create", &path))?;
-    file.write_all(&block).map_err(io("write", &path))?;
-    file.sync_all().map_err(io("fsync", &path))?;
-    sync_dir(dir)?;
+    let file = disk.create(&path).map_err(io("create", &path))?;
+    file.write_all_at(&block, 0).map_err(io("write", &path))?;
+    file.sync_data().map_err(io("fdatasync", &path))?;
+    sync_dir(disk, dir)?;
     Ok(Active {
         number,
         len: BLOCK as u64,
@@ -62,30 +66,86 @@ pub(super) fn create(dir: &Path, number: u32) -> Result<Active> {
 }
 
 /// Write the index of a pack that grows no more.
-pub(super) fn seal(dir: &Path, pack: &Active) -> Result<()> {
-    index::save(&index_path(dir, pack.number), pack.len, &pack.entries)
+pub(super) fn seal(disk: &dyn Disk, dir: &Path, pack: &Active) -> Result<()> {
+    index::save(disk, &index_path(dir, pack.number), pack.len, &pack.entries)
+}
+
+/// Remove a sealed pack with its index file.
+pub(super) fn remove(disk: &dyn Disk, dir: &Path, number: u32) -> Result<()> {
+    let index = index_path(dir, number);
+    if index.exists() {
+        disk.remove(&index).map_err(io("remove", &index))?;
+    }
+    let path = path(dir, number);
+    match disk.remove(&path) {
+        // Lost already.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        removed => removed.map_err(io("remove", &path))?,
+    }
+    sync_dir(disk, dir)
+}
+
+/// What is in a directory of packs.
+pub(super) struct Opened {
+    pub index: Index,
+    pub active: Active,
+    /// Length of every pack, the growing one included.
+    pub lens: BTreeMap<u32, u64>,
 }
 
 /// Open or create a directory of packs: everything held, and the pack to append to.
-pub(super) fn open_all(dir: &Path) -> Result<(Index, Active)> {
+pub(super) fn open_all(disk: &dyn Disk, dir: &Path, clock: Clock) -> Result<Opened> {
     if !dir.is_dir() {
         std::fs::create_dir_all(dir).map_err(io("create", dir))?;
-        sync_dir(dir.parent().unwrap_or(Path::new("/")))?;
+        sync_dir(disk, dir.parent().unwrap_or(Path::new("/")))?;
     }
     let numbers = list(dir)?;
-    let index = Index::default();
+    sweep(disk, dir, &numbers)?;
+    let index = Index::new(clock);
+    let mut lens = BTreeMap::new();
     let Some((&last, sealed)) = numbers.split_last() else {
-        return Ok((index, create(dir, 1)?));
+        let active = create(disk, dir, 1)?;
+        lens.insert(1, active.len);
+        return Ok(Opened {
+            index,
+            active,
+            lens,
+        });
     };
     for &number in sealed {
-        index.insert(&open_sealed(dir, number)?);
+        let (entries, len) = entries_of(disk, dir, number)?;
+        index.insert(&entries);
+        lens.insert(number, len);
     }
-    let active = open_last(dir, last)?;
+    let mut active = open_last(disk, dir, last)?;
     index.insert(&active.entries);
+    lens.insert(last, active.len);
     if index_path(dir, last).exists() || !active.len.is_multiple_of(BLOCK as u64) {
-        return Ok((index, create(dir, last + 1)?));
+        active = create(disk, dir, last + 1)?;
+        lens.insert(active.number, active.len);
     }
-    Ok((index, active))
+    Ok(Opened {
+        index,
+        active,
+        lens,
+    })
+}
+
+/// Remove what interrupted work left: temporary files, index files of packs that are gone.
+fn sweep(disk: &dyn Disk, dir: &Path, packs: &[u32]) -> Result<()> {
+    for entry in std::fs::read_dir(dir).map_err(io("list", dir))? {
+        let path = entry.map_err(io("list", dir))?.path();
+        let name = path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .unwrap_or_default();
+        let of = |end: &str| name.strip_prefix("pack-")?.strip_suffix(end)?.parse().ok();
+        let orphan = of(".idx").is_some_and(|number: u32| !packs.contains(&number));
+        if orphan || of(".idx.tmp").is_some() {
+            disk.remove(&path).map_err(io("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 fn list(dir: &Path) -> Result<Vec<u32>> {
@@ -101,35 +161,32 @@ fn list(dir: &Path) -> Result<Vec<u32>> {
     Ok(numbers)
 }
 
-fn open_sealed(dir: &Path, number: u32) -> Result<Vec<Entry>> {
+/// What a sealed pack holds, and its length. Its index file is made again if it is not good.
+pub(super) fn entries_of(disk: &dyn Disk, dir: &Path, number: u32) -> Result<(Vec<Entry>, u64)> {
     let path = path(dir, number);
     let len = std::fs::metadata(&path)
         .map_err(io("look at", &path))?
         .len();
     if let Some(entries) = index::load(&index_path(dir, number), number, len) {
-        return Ok(entries);
+        return Ok((entries, len));
     }
     tracing::warn!(pack = %path.display(), "chunk pack has no good index: scanning it");
     let scan = scan_pack(&path, number)?;
     report(&path, &scan);
     // Readable after a power cut as well, before the index claims it.
-    File::open(&path)
+    disk.open(&path)
         .and_then(|f| f.sync_data())
         .map_err(io("fdatasync", &path))?;
-    index::save(&index_path(dir, number), len, &scan.entries)?;
-    Ok(scan.entries)
+    index::save(disk, &index_path(dir, number), len, &scan.entries)?;
+    Ok((scan.entries, len))
 }
 
 /// The last pack. A torn tail is cut off; the pack is then sealed, so that nothing is ever written
 /// into a block that holds something acknowledged.
-fn open_last(dir: &Path, number: u32) -> Result<Active> {
+fn open_last(disk: &dyn Disk, dir: &Path, number: u32) -> Result<Active> {
     let path = path(dir, number);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&path)
-        .map_err(io("open", &path))?;
-    let mut len = file.metadata().map_err(io("look at", &path))?.len();
+    let file = disk.open(&path).map_err(io("open", &path))?;
+    let mut len = file.size().map_err(io("look at", &path))?;
     if let Some(entries) = index::load(&index_path(dir, number), number, len) {
         return Ok(Active {
             number,
@@ -145,15 +202,15 @@ fn open_last(dir: &Path, number: u32) -> Result<Active> {
         file.set_len(len).map_err(io("truncate", &path))?;
     }
     // What was written but never acknowledged is held from here on: it must survive.
-    file.sync_all().map_err(io("fsync", &path))?;
-    sync_dir(dir)?;
+    file.sync_data().map_err(io("fdatasync", &path))?;
+    sync_dir(disk, dir)?;
     let active = Active {
         number,
         len,
         entries: scan.entries,
     };
     if !scan.clean || scan.damaged > 0 {
-        seal(dir, &active)?;
+        seal(disk, dir, &active)?;
     }
     Ok(active)
 }

@@ -2,7 +2,8 @@
 
 use super::index::{Entry, Location};
 use super::record::{HEADER_LEN, Header};
-use super::{ChunkId, Found, Record, Shared, io, pack};
+use super::shared::Shared;
+use super::{ChunkId, Record, io, pack};
 use crate::{Result, StorageError};
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -23,8 +24,17 @@ pub(super) struct Readers {
     open: HashMap<u32, Arc<File>>,
 }
 
+/// What was found where chunks should be.
+#[derive(Default)]
+pub(super) struct Seen {
+    /// In disk order; their checksums are good.
+    pub records: Vec<(Record, Location)>,
+    /// Something else.
+    pub damaged: Vec<Entry>,
+}
+
 impl Shared {
-    fn file(&self, number: u32) -> Result<Arc<File>> {
+    pub(super) fn file(&self, number: u32) -> Result<Arc<File>> {
         let mut readers = self.readers.lock();
         if let Some(file) = readers.open.get(&number) {
             return Ok(Arc::clone(file));
@@ -38,56 +48,97 @@ impl Shared {
         Ok(file)
     }
 
-    /// One record; `Corrupt` if its bytes are not what was written.
-    pub(super) fn read(&self, id: &ChunkId) -> Result<Option<Record>> {
-        let mut found = self.read_many(std::slice::from_ref(id))?;
-        if found.damaged.is_empty() {
-            return Ok(found.records.pop());
-        }
-        Err(StorageError::Corrupt {
-            path: self.dir.clone(),
-            detail: format!("chunk {id} fails its checksum; fetch it from another member"),
-        })
+    /// Close a pack, so that its removal gives its room back.
+    pub(super) fn close(&self, number: u32) {
+        self.readers.lock().open.remove(&number);
     }
 
-    /// All that are held, in disk order; neighbours are read together.
-    pub(super) fn read_many(&self, ids: &[ChunkId]) -> Result<Found> {
-        let mut wanted = self.index.locate(ids);
+    /// All that are held, in disk order; neighbours are read together. They count as used. What turns
+    /// out damaged is not held any more.
+    pub(super) fn read_many(&self, ids: &[ChunkId]) -> Result<Seen> {
+        let mut wanted: Vec<Entry> = ids
+            .iter()
+            .filter_map(|id| Some((*id, self.index.touch(id)?)))
+            .collect();
+        let mut all = Seen::default();
+        while !wanted.is_empty() {
+            let seen = self.read_entries(&mut wanted)?;
+            all.records.extend(seen.records);
+            wanted.clear();
+            for (id, at) in seen.damaged {
+                match self.index.peek(&id) {
+                    // It was moved while it was looked for.
+                    Some(now) if now != at => wanted.push((id, now)),
+                    Some(_) if self.quarantine(&id, &at) => all.damaged.push((id, at)),
+                    _ => {}
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// What lies at these places; changes nothing, and nothing counts as used.
+    pub(super) fn read_entries(&self, wanted: &mut Vec<Entry>) -> Result<Seen> {
         wanted.sort_unstable_by_key(|(_, at)| (at.pack, at.offset));
         wanted.dedup_by_key(|(id, _)| *id);
-        let mut found = Found::default();
+        let mut seen = Seen::default();
         let mut rest = wanted.as_slice();
         while !rest.is_empty() {
             let (run, after) = rest.split_at(run_len(rest));
-            self.read_run(run, &mut found)?;
+            self.read_run(run, &mut seen)?;
             rest = after;
         }
-        Ok(found)
+        Ok(seen)
     }
 
-    fn read_run(&self, run: &[Entry], found: &mut Found) -> Result<()> {
+    fn read_run(&self, run: &[Entry], seen: &mut Seen) -> Result<()> {
         let (Some((_, first)), Some((_, last))) = (run.first(), run.last()) else {
             return Ok(());
         };
-        let file = self.file(first.pack)?;
         let start = u64::from(first.offset);
         let mut bytes = vec![0; usize::try_from(end(last) - start).unwrap_or(0)];
         let path = pack::path(&self.dir, first.pack);
-        let got = read_up_to(&file, &mut bytes, start).map_err(io("read", &path))?;
-        bytes.truncate(got);
+        let got = match self.file(first.pack) {
+            Ok(file) => read_up_to(&file, &mut bytes, start).map_err(io("read", &path)),
+            Err(error) => Err(error),
+        };
+        match got {
+            Ok(got) => bytes.truncate(got),
+            // The pack was lost, or has just been removed.
+            Err(error) if gone(&error) => bytes.clear(),
+            // A place that cannot be read is damage; those beside it may be sound.
+            Err(error) if unreadable(&error) && run.len() == 1 => bytes.clear(),
+            Err(error) if unreadable(&error) => {
+                return run.chunks(1).try_for_each(|one| self.read_run(one, seen));
+            }
+            Err(error) => return Err(error),
+        }
         let bytes = Bytes::from(bytes);
         for (id, at) in run {
             let from = usize::try_from(u64::from(at.offset) - start).unwrap_or(usize::MAX);
             match parse(&bytes, from, id, at) {
-                Some(record) => found.records.push(record),
-                None => found.damaged.push(*id),
+                Some(record) => seen.records.push((record, *at)),
+                None => seen.damaged.push((*id, *at)),
             }
         }
         Ok(())
     }
 }
 
-fn end(at: &Location) -> u64 {
+/// Is it that there is no such file?
+pub(super) fn gone(error: &StorageError) -> bool {
+    matches!(error, StorageError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+}
+
+fn unreadable(error: &StorageError) -> bool {
+    matches!(error, StorageError::Io { source, .. } if source.raw_os_error() == Some(EIO))
+}
+
+/// What a disk answers that cannot read a sector.
+const EIO: i32 = rustix::io::Errno::IO.raw_os_error();
+
+/// Where the record at a place ends.
+pub(super) fn end(at: &Location) -> u64 {
     u64::from(at.offset) + HEADER_LEN as u64 + u64::from(at.stored_len)
 }
 

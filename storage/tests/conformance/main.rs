@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr)] // helpers of tests; figures of long forms
 
+mod chunks;
 mod churn;
 mod damage;
 mod datadir;
