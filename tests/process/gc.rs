@@ -502,8 +502,10 @@ fn flip(data: &Path, count: usize, dice: &mut Dice) -> usize {
         let mut at = 4096;
         // Records stand one after the other: 56 bytes of header, then the data.
         while at + 56 <= bytes.len() && bytes[at..].starts_with(b"MSCK") {
-            let len = u32::from_le_bytes(bytes[at + 12..at + 16].try_into().unwrap()) as usize;
-            if bytes[at + 4] != 255 {
+            let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+            let (raw, len) = (word(at + 8), word(at + 12) as usize);
+            // Of the file: whoever looks what a tag reaches reads the names, and would be first.
+            if bytes[at + 4] != 255 && raw as usize == BLOCK {
                 places.push((path.clone(), at + 56, len));
             }
             at += 56 + len;

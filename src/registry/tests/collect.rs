@@ -241,7 +241,7 @@ async fn whoever_is_not_up_to_date_or_does_not_know_all_names_collects_nothing()
 }
 
 /// Flip a bit in the data of these chunks, on the disk of a member.
-fn spoil(cluster: &Cluster, member: u64, ids: &[[u8; 32]]) {
+pub(super) fn spoil(cluster: &Cluster, member: u64, ids: &[[u8; 32]]) {
     for entry in std::fs::read_dir(cluster.chunk_dir(member)).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_none_or(|e| e != "mspk") {
@@ -314,4 +314,73 @@ async fn spoilt_chunks_are_found_told_and_fetched_again() {
         .await
         .unwrap();
     assert_same(&image, &copy);
+}
+
+/// What clients name by SHA-256: kept while a manifest or an upload names it, and gone with the last.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_artifact_and_an_unnamed_blob_are_kept_and_go_with_their_names() {
+    use super::oci::{digest, get, post_blob, put_image};
+    let cluster = Cluster {
+        upkeep: by_hand(),
+        ..Cluster::of_artifacts(1).await
+    };
+    let member = cluster.serve(1, true).await;
+    let (layer, loose) = (noise(9, 2 << 20), noise(10, 2 << 20));
+    for bytes in [&layer, &loose] {
+        assert_eq!(post_blob(&member, "a", bytes, &digest(bytes)).await, 201);
+    }
+    assert_eq!(put_image(&member, "a", &layer).await.0, 201);
+    // An upload that pauses for days: its chunks have no name yet.
+    let body = reqwest::Body::from(noise(11, 8 << 20));
+    let url = format!("{}/v2/a/blobs/uploads/", member.url);
+    let begun = client().post(url).send().await.unwrap();
+    let place = begun.headers()["location"].to_str().unwrap().to_owned();
+    let url = if place.starts_with('/') {
+        format!("{}{place}", member.url)
+    } else {
+        place
+    };
+    let patched = client().patch(&url).body(body).send().await.unwrap();
+    assert_eq!(patched.status(), 202);
+    for _ in 0..2 {
+        cluster.pass(DAY + Duration::from_secs(1));
+        assert_eq!(gc(&member).await.removed_chunks, 0);
+    }
+    let whole = noise(11, 8 << 20);
+    let join = if url.contains('?') { '&' } else { '?' };
+    let closing = format!("{url}{join}digest={}", digest(&whole));
+    assert_eq!(client().put(closing).send().await.unwrap().status(), 201);
+    for bytes in [&layer, &loose, &whole] {
+        let path = format!("/v2/a/blobs/{}", digest(bytes));
+        assert!(get(&member, &path).await == (200, bytes.clone()));
+    }
+
+    // The names of the uploads are forgotten: what the artifact names stays.
+    member.service.names.expire(u64::MAX).unwrap();
+    cluster.pass(Duration::from_secs(1));
+    gc(&member).await;
+    cluster.pass(DAY + Duration::from_secs(1));
+    assert!(gc(&member).await.removed_chunks >= 128 + 32);
+    let path = format!("/v2/a/blobs/{}", digest(&layer));
+    assert!(get(&member, &path).await == (200, layer.clone()));
+    let delete = {
+        let state = cluster.shared.state.lock();
+        let digest = state.repositories["a"].artifacts.keys().next().copied();
+        Command::DeleteArtifact {
+            repository: "a".to_owned(),
+            digest: digest.unwrap(),
+        }
+    };
+    Fake(Arc::clone(&cluster.shared))
+        .submit(crate::stamp::command_id(), delete)
+        .await
+        .unwrap();
+    cluster.pass(Duration::from_secs(1));
+    gc(&member).await;
+    cluster.pass(DAY + Duration::from_secs(1));
+    let last = gc(&member).await;
+    assert!(
+        last.removed_chunks >= 32 && last.live_chunks == 0,
+        "{last:?}"
+    );
 }

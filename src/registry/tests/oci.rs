@@ -7,14 +7,14 @@ use sha2::Digest as _;
 
 const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
 
-fn digest(bytes: &[u8]) -> String {
+pub(super) fn digest(bytes: &[u8]) -> String {
     let hash: [u8; 32] = sha2::Sha256::digest(bytes).into();
     format!("sha256:{}", hex::encode(hash))
 }
 
 impl Cluster {
     /// With everything switched on.
-    async fn of_artifacts(size: u64) -> Self {
+    pub(super) async fn of_artifacts(size: u64) -> Self {
         let cluster = Self::new(size);
         let level = feature::SUPPORTED;
         let catalog = Fake(Arc::clone(&cluster.shared));
@@ -24,13 +24,13 @@ impl Cluster {
     }
 }
 
-async fn post_blob(member: &TestMember, name: &str, bytes: &[u8], digest: &str) -> u16 {
+pub(super) async fn post_blob(member: &TestMember, name: &str, bytes: &[u8], digest: &str) -> u16 {
     let url = format!("{}/v2/{name}/blobs/uploads/?digest={digest}", member.url);
     let request = client().post(url).body(bytes.to_vec());
     request.send().await.unwrap().status().as_u16()
 }
 
-async fn put_image(member: &TestMember, name: &str, layer: &[u8]) -> (u16, String) {
+pub(super) async fn put_image(member: &TestMember, name: &str, layer: &[u8]) -> (u16, String) {
     let config = digest(b"{}");
     assert_eq!(post_blob(member, name, b"{}", &config).await, 201);
     let manifest = json!({
@@ -46,7 +46,7 @@ async fn put_image(member: &TestMember, name: &str, layer: &[u8]) -> (u16, Strin
     (answer.status().as_u16(), answer.text().await.unwrap())
 }
 
-async fn get(member: &TestMember, path: &str) -> (u16, Vec<u8>) {
+pub(super) async fn get(member: &TestMember, path: &str) -> (u16, Vec<u8>) {
     let url = format!("{}{path}", member.url);
     let answer = client().get(url).send().await.unwrap();
     let status = answer.status().as_u16();
@@ -176,7 +176,7 @@ async fn damage_is_healed_while_a_blob_is_read() {
     })
     .await;
     let damaged = mainstay_storage::chunks::ChunkId::of(&layer[65536..131_072]);
-    members[1].service.chunks().forget(&damaged);
+    super::collect::spoil(&cluster, 2, &[damaged.0]);
     let path = format!("/v2/a/blobs/{}", digest(&layer));
     assert!(get(&members[1], &path).await == (200, layer.clone()));
     assert!(members[1].service.chunks().contains(&damaged));
