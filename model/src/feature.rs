@@ -9,13 +9,16 @@
 //! | 2 | `RetireMember`: a cluster that remembers whom it let go |
 //! | 3 | remembered commands are stored sixteen to a key |
 //! | 4 | OCI artifacts: `PutArtifact` and what follows from it |
+//! | 5 | those stored before level 3 move sixteen at a time, when the first of them is replaced; raised to less, all move at once |
 
 use crate::command::Command;
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 4;
+pub const SUPPORTED: u32 = 5;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
+/// At which they move there little by little.
+pub const RECENT_GRADUALLY: u32 = 5;
 /// At which `RetireMember` may be logged.
 pub const RETIRE_MEMBER: u32 = 2;
 /// At which the commands about artifacts may be logged.
@@ -39,7 +42,85 @@ impl Command {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::RECENT_COMMANDS;
     use crate::{CommandId, Envelope, State};
+    use std::collections::BTreeMap;
+
+    /// A state, and what a store that follows its changes holds.
+    #[derive(Clone, Default)]
+    struct Followed {
+        state: State,
+        stored: BTreeMap<Vec<u8>, Vec<u8>>,
+        commands: u128,
+    }
+
+    impl Followed {
+        /// How many keys that changed.
+        fn apply(&mut self, command: Command) -> usize {
+            self.commands += 1;
+            self.state.apply(&Envelope {
+                id: CommandId(self.commands),
+                stamp_ms: 1,
+                command,
+            });
+            let changes = self.state.take_changes();
+            let count = changes.len();
+            for (key, value) in changes {
+                match value {
+                    Some(value) => self.stored.insert(key, value),
+                    None => self.stored.remove(&key),
+                };
+            }
+            count
+        }
+
+        /// What is stored is what an export has, and what it is read back from.
+        fn check(&self) {
+            let whole: Vec<_> = self.stored.clone().into_iter().collect();
+            assert!(whole == self.state.export(), "after {}", self.commands);
+            let back = State::import(whole.into_iter()).unwrap();
+            assert!(back == self.state, "after {}", self.commands);
+            assert_eq!(back.check_index(), Ok(()));
+        }
+
+        fn table(&self, table: u8) -> usize {
+            self.stored.keys().filter(|key| key[0] == table).count()
+        }
+    }
+
+    /// However full, no command pays for more than its neighbours; in the middle of the move, members
+    /// that go on, that start again, and that take a snapshot write the same.
+    #[test]
+    fn remembered_commands_move_little_by_little() {
+        const STEPS: usize = 8;
+        let mut first = Followed::default();
+        for _ in 0..RECENT_COMMANDS + 5 {
+            first.apply(Command::Noop);
+        }
+        assert_eq!((first.table(b'q'), first.table(b'r')), (0, RECENT_COMMANDS));
+        let mut most = first.apply(Command::SetFeatures {
+            level: RECENT_GRADUALLY,
+        });
+        for step in 0..STEPS {
+            first.check();
+            let mut second = first.clone();
+            second.state = State::import(first.stored.clone().into_iter()).unwrap();
+            for n in 0..RECENT_COMMANDS / STEPS {
+                most = most.max(first.apply(Command::Noop));
+                if n < 100 {
+                    second.apply(Command::Noop);
+                    assert!(n < 99 || second.stored == first.stored, "step {step}");
+                }
+            }
+        }
+        first.check();
+        assert_eq!(
+            (first.table(b'q'), first.table(b'r')),
+            (RECENT_COMMANDS / 16, 0)
+        );
+        // Sixteen go, one comes; the clock and the level.
+        assert!(most <= 19, "{most} keys in one command");
+    }
 
     /// What is stored by changes is what an export has, whenever the level is raised.
     #[test]

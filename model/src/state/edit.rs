@@ -5,7 +5,7 @@ use super::State;
 use super::index::Place;
 use super::key::Key;
 use crate::artifact::{Artifact, RepositoryTag};
-use crate::feature::RECENT_BLOCKS;
+use crate::feature::{RECENT_BLOCKS, RECENT_GRADUALLY};
 use crate::group::Group;
 use crate::ids::{GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
 use crate::instance::{Instance, ScriptResult};
@@ -217,8 +217,10 @@ impl State {
         if level <= self.features {
             return;
         }
-        if self.features < RECENT_BLOCKS && level >= RECENT_BLOCKS {
-            // Every remembered command moves, once.
+        if self.features < RECENT_BLOCKS && level >= RECENT_GRADUALLY {
+            self.recent.move_gradually();
+        } else if self.features < RECENT_BLOCKS && level >= RECENT_BLOCKS {
+            // Every remembered command moves at once: members that know no higher level do that.
             self.dirty.extend(self.recent.slots().map(Key::Recent));
             let blocks = self.recent.blocks().map(Key::RecentBlock);
             self.dirty.extend(blocks);

@@ -23,7 +23,7 @@ use crate::template::Template;
 use index::{Index, Occupants};
 use key::Key;
 use lines::Lines;
-use recent::Recent;
+use recent::{Place, Recent};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Bytes of a key, and its new value or `None` for removed: what a checkpoint writes.
@@ -91,14 +91,14 @@ impl State {
         self.dirty.insert(Key::Meta);
         let outcome = apply::run(self, &envelope.command);
         let blocks = self.features >= RECENT_BLOCKS;
-        let changed = |slot| {
-            self.dirty.insert(if blocks {
-                Key::RecentBlock(Recent::block(slot))
-            } else {
-                Key::Recent(slot)
+        let changed = |place| {
+            self.dirty.insert(match place {
+                Place::Slot(slot) => Key::Recent(slot),
+                Place::Block(block) => Key::RecentBlock(block),
             });
         };
-        self.recent.remember(envelope.id, outcome.clone(), changed);
+        self.recent
+            .remember(envelope.id, outcome.clone(), blocks, changed);
         outcome
     }
 

@@ -8,7 +8,7 @@
 use crate::ids::CommandId;
 use crate::limits::{RECENT_COMMANDS, RECENT_IDS};
 use crate::outcome::Outcome;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Neighbouring slots that are stored under one key, from feature level
 /// [`crate::feature::RECENT_BLOCKS`] on: a key for each command would be most of what a checkpoint
@@ -16,7 +16,8 @@ use std::collections::{BTreeMap, VecDeque};
 const BLOCK: u32 = 16;
 const _: () = assert!(RECENT_COMMANDS.is_multiple_of(BLOCK as usize));
 
-/// Where a remembered command is stored.
+/// Where a remembered command is stored. At a level that has blocks, all commands of a block are stored
+/// in the same way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     /// Alone.
@@ -41,6 +42,10 @@ pub(super) struct Recent {
     order: VecDeque<(CommandId, Outcome)>,
     sequences: BTreeMap<CommandId, u64>,
     ids: usize,
+    /// Blocks whose commands are still stored alone, at a level that has blocks. Each moves as a whole
+    /// when one of its slots is used again: so the move costs a command no more than a few keys, and
+    /// what is stored says by itself how far it is.
+    alone: BTreeSet<u32>,
 }
 
 /// Where a sequence number is stored: slots are used again, so that a steady stream of commands
@@ -62,23 +67,46 @@ impl Recent {
         Some(&self.order.get((sequence - self.first) as usize)?.1)
     }
 
-    /// Remember one more; tells the slots whose content changed.
+    /// Remember one more; tells the places whose content changed. `blocks`: the level has them.
     pub(super) fn remember(
         &mut self,
         id: CommandId,
         outcome: Outcome,
-        mut changed: impl FnMut(u32),
+        blocks: bool,
+        mut changed: impl FnMut(Place),
     ) {
         let sequence = self.first + self.order.len() as u64;
-        changed(slot(sequence));
+        self.touch(slot(sequence), blocks, &mut changed);
         self.ids += weight(&outcome);
         self.order.push_back((id, outcome));
         self.sequences.insert(id, sequence);
         while self.order.len() > RECENT_COMMANDS || (self.ids > RECENT_IDS && self.order.len() > 1)
         {
-            changed(slot(self.first));
+            self.touch(slot(self.first), blocks, &mut changed);
             self.forget_oldest();
         }
+    }
+
+    fn touch(&mut self, slot: u32, blocks: bool, changed: &mut impl FnMut(Place)) {
+        if !blocks {
+            return changed(Place::Slot(slot));
+        }
+        let block = Self::block(slot);
+        if self.alone.remove(&block) {
+            let slots = block * BLOCK..(block + 1) * BLOCK;
+            slots.for_each(|slot| changed(Place::Slot(slot)));
+        }
+        changed(Place::Block(block));
+    }
+
+    /// The level has blocks from now on; what is stored alone stays so until it is touched.
+    pub(super) fn move_gradually(&mut self) {
+        self.alone = self.blocks().collect();
+    }
+
+    /// Are the commands of this block still stored alone, at a level that has blocks?
+    pub(super) fn is_alone(&self, block: u32) -> bool {
+        self.alone.contains(&block)
     }
 
     fn forget_oldest(&mut self) {
@@ -111,7 +139,7 @@ impl Recent {
     pub(super) fn blocks(&self) -> impl Iterator<Item = u32> {
         let mut last = None;
         let new = move |block: &u32| last.replace(*block) != Some(*block);
-        self.slots().map(|slot| slot / BLOCK).filter(new)
+        self.slots().map(Self::block).filter(new)
     }
 
     /// Occupied slots in ascending order.
@@ -122,17 +150,32 @@ impl Recent {
         (0..wrapped).chain(start..start + length - wrapped)
     }
 
-    /// From stored entries in any order.
-    pub(super) fn rebuild(entries: Vec<(Place, u64, CommandId, Outcome)>) -> Result<Self, String> {
+    /// From stored entries in any order. `blocks`: their level has them.
+    pub(super) fn rebuild(
+        entries: Vec<(Place, u64, CommandId, Outcome)>,
+        blocks: bool,
+    ) -> Result<Self, String> {
         let mut sorted = BTreeMap::new();
+        let (mut alone, mut together) = (BTreeSet::new(), BTreeSet::new());
         for (place, sequence, id, outcome) in entries {
             if !place.holds(sequence) {
                 return Err(format!("remembered command {sequence} stands in {place:?}"));
             }
+            match place {
+                Place::Slot(slot) => alone.insert(Self::block(slot)),
+                Place::Block(block) => together.insert(block),
+            };
             sorted.insert(sequence, (id, outcome));
+        }
+        if !alone.is_disjoint(&together) || !(blocks || together.is_empty()) {
+            return Err("remembered commands are stored in two ways".into());
+        }
+        if !blocks {
+            alone.clear();
         }
         let mut recent = Self {
             first: sorted.keys().next().copied().unwrap_or(0),
+            alone,
             ..Self::default()
         };
         for (sequence, (id, outcome)) in sorted {
@@ -157,6 +200,10 @@ impl Recent {
         if ids != self.ids {
             return Err("remembered commands: wrong count of ids".into());
         }
+        let empty = |block: &u32| self.in_block(*block).next().is_none();
+        if self.alone.iter().any(empty) {
+            return Err("remembered commands: nothing is left to move".into());
+        }
         Ok(())
     }
 }
@@ -179,9 +226,11 @@ mod tests {
     fn the_oldest_is_forgotten_and_slots_are_used_again() {
         let mut recent = Recent::default();
         for i in 0..RECENT_COMMANDS as u128 + 3 {
-            let mut slots = Vec::new();
-            recent.remember(CommandId(i), Outcome::Bound(i as u32), |s| slots.push(s));
-            assert_eq!(slots[0], (i % RECENT_COMMANDS as u128) as u32);
+            let mut places = Vec::new();
+            let outcome = Outcome::Bound(i as u32);
+            recent.remember(CommandId(i), outcome, true, |place| places.push(place));
+            let block = (i % RECENT_COMMANDS as u128) as u32 / BLOCK;
+            assert_eq!(places[0], Place::Block(block));
         }
         assert_eq!(recent.get(CommandId(2)), None);
         assert_eq!(recent.get(CommandId(3)), Some(&Outcome::Bound(3)));
@@ -189,7 +238,7 @@ mod tests {
         assert_eq!(entries.len(), RECENT_COMMANDS);
         assert!(recent.blocks().is_sorted(), "blocks ascend");
         assert_eq!(recent.blocks().count(), RECENT_COMMANDS / BLOCK as usize);
-        assert_eq!(Recent::rebuild(entries).unwrap(), recent);
+        assert_eq!(Recent::rebuild(entries, true).unwrap(), recent);
     }
 
     #[test]
@@ -197,23 +246,35 @@ mod tests {
         let mut recent = Recent::default();
         let ids = vec![InstanceId::from("i"); 1_000];
         for i in 0..300_u128 {
-            recent.remember(CommandId(i), Outcome::Started(ids.clone()), |_| {});
+            recent.remember(CommandId(i), Outcome::Started(ids.clone()), true, |_| {});
         }
         assert_eq!(recent.order.len(), RECENT_IDS / 1_000);
         assert_eq!(recent.get(CommandId(0)), None);
         assert!(recent.get(CommandId(299)).is_some());
-        assert_eq!(Recent::rebuild(stored(&recent)).unwrap(), recent);
+        assert_eq!(Recent::rebuild(stored(&recent), true).unwrap(), recent);
     }
 
     #[test]
     fn gaps_and_wrong_places_are_refused() {
         let e = |block, n, id| (Place::Block(block), n, CommandId(id), Outcome::Done);
-        assert!(Recent::rebuild(vec![e(0, 0, 1), e(0, 1, 2)]).is_ok());
-        assert!(Recent::rebuild(vec![e(0, 0, 1), e(0, 2, 2)]).is_err());
-        assert!(Recent::rebuild(vec![e(1, 0, 1)]).is_err());
-        assert!(Recent::rebuild(vec![e(0, 0, 1), e(0, 1, 1)]).is_err());
+        let blocks = |entries| Recent::rebuild(entries, true);
+        assert!(blocks(vec![e(0, 0, 1), e(0, 1, 2)]).is_ok());
+        assert!(blocks(vec![e(0, 0, 1), e(0, 2, 2)]).is_err());
+        assert!(blocks(vec![e(1, 0, 1)]).is_err());
+        assert!(blocks(vec![e(0, 0, 1), e(0, 1, 1)]).is_err());
         let alone = |slot, n: u64| (Place::Slot(slot), n, CommandId(n.into()), Outcome::Done);
-        assert!(Recent::rebuild(vec![alone(1, 1), e(0, 2, 9)]).is_ok());
-        assert!(Recent::rebuild(vec![alone(0, 1)]).is_err());
+        let moving = blocks(vec![alone(15, 15), e(1, 16, 99)]).unwrap();
+        assert!(moving.is_alone(0) && !moving.is_alone(1));
+        assert!(
+            blocks(vec![alone(1, 1), e(0, 2, 9)]).is_err(),
+            "in two ways"
+        );
+        assert!(blocks(vec![alone(0, 1)]).is_err());
+        assert!(
+            !Recent::rebuild(vec![alone(1, 1)], false)
+                .unwrap()
+                .is_alone(0)
+        );
+        assert!(Recent::rebuild(vec![e(0, 1, 1)], false).is_err());
     }
 }

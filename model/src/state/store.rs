@@ -60,7 +60,7 @@ impl State {
         self.retired.keys().for_each(|id| give(Key::Retired(*id)));
         self.nodes.keys().for_each(|id| give(Key::Node(id.clone())));
         instances().for_each(|id| give(Key::Output(id)));
-        // One of the two: what the level does not use has no value.
+        // One of the two: a block that is stored in one way has no value in the other.
         self.recent
             .blocks()
             .for_each(|block| give(Key::RecentBlock(block)));
@@ -104,12 +104,12 @@ impl State {
             Key::Retired(id) => self.retired.get(id).map(encode),
             Key::Node(id) => self.nodes.get(id).map(encode),
             Key::Output(id) => self.instances.get(id)?.script_result.as_ref().map(encode),
-            Key::RecentBlock(_) if self.features < RECENT_BLOCKS => None,
+            Key::RecentBlock(block) if self.stored_alone(*block) => None,
             Key::RecentBlock(block) => {
                 let records: Vec<_> = self.recent.in_block(*block).map(remembered).collect();
                 (!records.is_empty()).then(|| encode(&RecentBlock(records)))
             }
-            Key::Recent(_) if self.features >= RECENT_BLOCKS => None,
+            Key::Recent(slot) if !self.stored_alone(Recent::block(*slot)) => None,
             Key::Recent(slot) => Some(encode(&remembered(self.recent.at_slot(*slot)?))),
             Key::Script(id) => {
                 let script = self.instances.get(id)?.request.script.as_ref()?;
@@ -130,6 +130,11 @@ impl State {
             }
             Key::RepositoryTag(name, tag) => self.repositories.get(name)?.tags.get(tag).map(encode),
         }
+    }
+
+    /// Do the remembered commands of this block have keys of their own?
+    fn stored_alone(&self, block: u32) -> bool {
+        self.features < RECENT_BLOCKS || self.recent.is_alone(block)
     }
 
     /// The reverse of [`State::export`]; entries may come in any order. Fails on bytes it does
@@ -248,7 +253,8 @@ impl State {
                 None => return Err(orphan("tag", &name)),
             };
         }
-        self.recent = Recent::rebuild(rest.recent).map_err(CodecError)?;
+        let blocks = self.features >= RECENT_BLOCKS;
+        self.recent = Recent::rebuild(rest.recent, blocks).map_err(CodecError)?;
         Ok(())
     }
 }

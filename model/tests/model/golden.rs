@@ -61,10 +61,17 @@ fn stored_values() {
     stored("stored.txt", &full_state(), "cfgilmnoqstuvwx");
 }
 
+/// While remembered commands move into blocks: the last ones have, the first ones not.
+#[test]
+fn stored_values_at_level_5() {
+    let state = state_after(&sample_history(5));
+    stored("stored-level-5.txt", &state, "cfgilmnoqrstuvwx");
+}
+
 /// While members of the first release may be there.
 #[test]
 fn stored_values_at_level_0() {
-    let commands = sample_history();
+    let commands = sample_history(4);
     // Without those that need more: a member that is taken out, artifacts, and the level itself.
     let before = &commands[..commands.len() - 5];
     stored("stored-level-0.txt", &state_after(before), "cgilnorstv");
@@ -534,11 +541,11 @@ fn all_outcomes() -> Vec<(&'static str, Outcome)> {
 
 /// Every table with every field set somewhere.
 fn full_state() -> State {
-    state_after(&sample_history())
+    state_after(&sample_history(4))
 }
 
-/// Ends with the command that switches features on.
-fn sample_history() -> Vec<Command> {
+/// Ends with the command that switches features on, up to this level, and one that needs that.
+fn sample_history(level: u32) -> Vec<Command> {
     let observe = |phase, generation| Command::Observe {
         node: "n1".into(),
         changes: vec![Observation {
@@ -590,7 +597,7 @@ fn sample_history() -> Vec<Command> {
         Command::TerminateInstance { id: "i3".into() },
         named("set-node-reachability"),
         Command::TerminateInstance { id: "i9".into() },
-        named("set-features"),
+        Command::SetFeatures { level },
         named("retire-member"),
         named("put-artifact"),
         named("report-artifact-held"),
