@@ -6,12 +6,14 @@
 mod durable;
 mod layout;
 mod memory;
+mod overlay;
 mod sled;
 
 pub use self::sled::SledEngine;
 pub use memory::MemoryEngine;
 
 use crate::Result;
+use std::sync::Arc;
 
 /// A key and its new value; `None` = removed.
 pub type Change = (Vec<u8>, Option<Vec<u8>>);
@@ -26,14 +28,17 @@ pub struct Loaded {
 }
 
 /// Entries as they are read, in key order; an error is the last item.
-pub type Entries<'a> = Box<dyn Iterator<Item = Result<(Vec<u8>, Vec<u8>)>> + 'a>;
+pub type Entries<'a> = Box<dyn Iterator<Item = Result<(Vec<u8>, Vec<u8>)>> + Send + 'a>;
 
 /// A durable key-value store. Implementations: `SledEngine`, `MemoryEngine`. Calls block; a failed
 /// call is final (the member must stop).
 pub trait Engine: Send + Sync + 'static {
-    /// The mark, and every entry one by one, in constant memory. The caller changes nothing before it
-    /// has let go of them. Damage may show only at the end: nothing counts before the last was read.
+    /// The mark, and every entry one by one, as they are at this call: checkpoints may go on meanwhile.
+    /// A replacement ends the reading with an error. Memory: what is changed before it was read. Damage
+    /// may show only at the end: nothing counts before the last was read.
     fn read(&self) -> Result<(Option<Vec<u8>>, Entries<'_>)>;
+    /// The same for another thread.
+    fn view(self: Arc<Self>) -> Result<(Option<Vec<u8>>, Entries<'static>)>;
     /// Read everything at once.
     fn load(&self) -> Result<Loaded> {
         let (mark, entries) = self.read()?;

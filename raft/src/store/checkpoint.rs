@@ -1,5 +1,6 @@
 //! Write-behind of the applied state: changed keys collect in memory and go to the engine in small
-//! paced checkpoints, on one blocking thread that also makes and installs snapshots. Knows no peer.
+//! paced checkpoints, on one blocking thread (`worker`) that also installs snapshots, and has them made
+//! beside it (`export`). Knows no peer.
 //!
 //! # Why a crash between any two lines recovers
 //!
@@ -13,33 +14,35 @@
 //! * *Checkpoint*: waits until the log is durable up to what it captured, then one atomic batch.
 //!   A crash before it leaves the older mark; everything after that mark is in `L` (`P <= E.mark`)
 //!   and is applied again from there, with the same outcome (the machine is deterministic).
-//! * *Snapshot*: first a checkpoint, then a copy of what the engine holds, so `S = E.mark`; the file
-//!   appears by rename. Only when it is durable does the core purge (`P <= S`). A crash in between
-//!   leaves more log than needed.
+//! * *Snapshot*: first a checkpoint, then a copy of what the engine holds at that moment. Checkpoints go
+//!   on meanwhile, so `S <= E.mark`; the file appears by rename. Only when it is durable does the core
+//!   purge (`P <= S`). A crash in between leaves more log than needed.
 //! * *Install*: the received file was verified before it came here. The machine takes it (memory
 //!   only); the file becomes `S` by rename; the engine is replaced in one atomic step; only then
 //!   does the core purge. A crash before the rename: nothing happened. Between rename and replace:
 //!   `S > E.mark`, and at start the core installs the current snapshot again. After replace, before
-//!   purge: the log ends before the mark, and at start the core closes the hole by purging to it.
+//!   purge: the log ends before the mark, and at start the core closes the hole by purging to it. A
+//!   snapshot that is being made is broken off first: it would be the newest file with older content.
 //! * *Failure*: the first error of any of these stops the member; nothing is retried on a disk
 //!   that lied once.
 
 use super::digest::{At, Digests};
 use super::fault::{FaultCell, chain};
 use super::log::LogProgress;
+use super::worker::{Worker, import};
 use crate::codec::Mark;
-use crate::machine::{Change, Fault, Machine};
+use crate::machine::{Change, Machine};
 use crate::types::{LogId, SnapshotMeta, StoredMembership};
 use mainstay_storage::engine::Engine;
 use mainstay_storage::snapshot::{SnapshotDir, SnapshotReader};
-use mainstay_storage::{StorageError, UntilError};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::{Notify, oneshot, watch};
 
 /// A checkpoint starts at once when this much has changed: big ones stall the disk for everyone.
@@ -49,11 +52,11 @@ const PENDING_MAX: usize = 64 << 20;
 
 /// State changed since the last checkpoint, and the position it belongs to.
 #[derive(Debug, Default)]
-struct Changed {
-    keys: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
-    bytes: usize,
-    mark: Mark,
-    dirty: bool,
+pub(super) struct Changed {
+    pub(super) keys: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    pub(super) bytes: usize,
+    pub(super) mark: Mark,
+    pub(super) dirty: bool,
 }
 
 impl Changed {
@@ -68,11 +71,15 @@ impl Changed {
     }
 }
 
-type Reply<T> = oneshot::Sender<io::Result<T>>;
+pub(super) type Reply<T> = oneshot::Sender<io::Result<T>>;
 
-enum Order {
+/// What the thread is told to do.
+pub(super) enum Order {
     Nudge,
-    Snapshot(Reply<SnapshotMeta>),
+    /// Answered when there is one; with a way to say that its making has ended.
+    Snapshot(Reply<SnapshotMeta>, Sender<Order>),
+    /// A snapshot has been made, or could not.
+    Exported(Sender<Order>),
     Install(Box<Install>, Reply<()>),
     /// Stop; with a last checkpoint or, as in a crash, without.
     Stop {
@@ -93,6 +100,8 @@ pub(crate) struct Checkpointer {
     relieved: Arc<Notify>,
     applied: watch::Sender<u64>,
     digests: Arc<Mutex<Digests>>,
+    /// Index of the mark that the engine holds.
+    durable: Arc<AtomicU64>,
     orders: Mutex<Sender<Order>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -125,6 +134,7 @@ impl Checkpointer {
         }
         let mark = mark.unwrap_or_default();
         let applied = watch::Sender::new(index);
+        let durable = Arc::new(AtomicU64::new(index));
         let digests = Arc::new(Mutex::new(digests));
         let changed = Arc::new(Mutex::new(Changed {
             mark,
@@ -138,6 +148,9 @@ impl Checkpointer {
             relieved: relieved.clone(),
             applied: applied.clone(),
             digests: digests.clone(),
+            durable: durable.clone(),
+            export: None,
+            waiting: Vec::new(),
         };
         let thread = std::thread::Builder::new()
             .name("checkpoint".into())
@@ -147,6 +160,7 @@ impl Checkpointer {
             relieved,
             applied,
             digests,
+            durable,
             orders: Mutex::new(tx),
             thread: Mutex::new(Some(thread)),
         }))
@@ -154,6 +168,11 @@ impl Checkpointer {
 
     pub(crate) fn mark(&self) -> Mark {
         self.changed.lock().mark.clone()
+    }
+
+    /// What was applied up to here is in the durable log and in the engine, whatever happens.
+    pub(crate) fn durable(&self) -> u64 {
+        self.durable.load(Ordering::Acquire)
     }
 
     /// Follows the applied index.
@@ -215,7 +234,8 @@ impl Checkpointer {
     /// Make a snapshot of the state as it is now.
     pub(crate) async fn snapshot(&self) -> io::Result<SnapshotMeta> {
         let (tx, rx) = oneshot::channel();
-        self.order(Order::Snapshot(tx));
+        let orders = self.orders.lock().clone();
+        self.order(Order::Snapshot(tx, orders));
         rx.await.unwrap_or_else(|_| Err(stopped()))
     }
 
@@ -243,165 +263,4 @@ impl Checkpointer {
 
 fn stopped() -> io::Error {
     io::Error::other("the checkpoint thread has stopped")
-}
-
-struct Worker {
-    parts: Parts,
-    changed: Arc<Mutex<Changed>>,
-    relieved: Arc<Notify>,
-    applied: watch::Sender<u64>,
-    digests: Arc<Mutex<Digests>>,
-}
-
-impl Worker {
-    fn run(self, orders: &Receiver<Order>) {
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.serve(orders)));
-        if outcome.is_err() {
-            self.parts.fault.raise("the checkpoint thread panicked");
-        }
-        self.relieved.notify_waiters();
-    }
-
-    fn serve(&self, orders: &Receiver<Order>) {
-        let mut due = Instant::now() + self.parts.interval;
-        loop {
-            let order = match orders.recv_timeout(due.saturating_duration_since(Instant::now())) {
-                Ok(order) => order,
-                Err(RecvTimeoutError::Timeout) => Order::Nudge,
-                Err(RecvTimeoutError::Disconnected) => return,
-            };
-            let outcome = match order {
-                Order::Nudge => self.checkpoint().map(drop),
-                Order::Snapshot(reply) => answer(self.snapshot(), reply),
-                Order::Install(install, reply) => answer(self.install(*install), reply),
-                Order::Stop { checkpoint } => {
-                    if checkpoint && let Err(e) = self.checkpoint() {
-                        self.parts.fault.raise(format!("last checkpoint: {e}"));
-                    }
-                    return;
-                }
-            };
-            if let Err(why) = outcome {
-                self.parts.fault.raise(why);
-                return;
-            }
-            self.relieved.notify_waiters();
-            due = Instant::now() + self.parts.interval;
-        }
-    }
-
-    /// Bring the engine to the applied position; the mark it now has.
-    fn checkpoint(&self) -> Result<Mark, String> {
-        let (keys, mark) = {
-            let mut changed = self.changed.lock();
-            if !changed.dirty {
-                return Ok(changed.mark.clone());
-            }
-            changed.dirty = false;
-            (std::mem::take(&mut changed.keys), changed.mark.clone())
-        };
-        // Read after the capture: everything captured was appended before it was applied.
-        let ticket = self.parts.log.issued();
-        if !self.parts.log.wait(ticket) {
-            return Err("the log failed under a checkpoint".into());
-        }
-        let changes: Vec<Change> = keys.into_iter().collect();
-        let size: usize = changes
-            .iter()
-            .map(|(k, v)| k.len() + v.as_ref().map_or(0, Vec::len))
-            .sum();
-        self.parts
-            .engine
-            .checkpoint(&changes, &mark.encode())
-            .map_err(|e| format!("checkpoint: {}", chain(&e)))?;
-        // Only now: what is being written still counts against the limit.
-        self.changed.lock().bytes -= size;
-        Ok(mark)
-    }
-
-    fn snapshot(&self) -> Result<SnapshotMeta, String> {
-        let mark = self.checkpoint()?;
-        let fail = |e: &dyn std::error::Error| format!("snapshot: {}", chain(e));
-        let encoded = mark.encode();
-        let current = self.parts.snapshots.current().map_err(|e| fail(&e))?;
-        if current.is_none_or(|(_, meta)| meta != encoded) {
-            let (held, entries) = self.parts.engine.read().map_err(|e| fail(&e))?;
-            if held.as_deref() != Some(&encoded[..]) && mark != Mark::default() {
-                return Err("snapshot: the engine does not hold the mark just written".into());
-            }
-            let name = super::snapshot::name(mark.applied);
-            let write = || {
-                let mut writer = self.parts.snapshots.begin(&name, &encoded)?;
-                for entry in entries {
-                    let (key, value) = entry?;
-                    writer.put(&key, &value)?;
-                }
-                writer.finish()
-            };
-            write().map_err(|e: StorageError| fail(&e))?;
-        }
-        Ok(SnapshotMeta {
-            last_log_id: mark.applied,
-            last_membership: mark.membership,
-        })
-    }
-
-    fn install(&self, install: Install) -> Result<(), String> {
-        let fail = |e: &dyn std::error::Error| format!("installing a snapshot: {}", chain(e));
-        let Install {
-            mut reader,
-            received,
-        } = install;
-        let meta = reader.info().meta.clone();
-        let mark = Mark::decode(&meta).map_err(|e| fail(&e))?;
-        reader.rewind().map_err(|e| fail(&e))?;
-        let index = mark.applied.map_or(0, |id| id.index);
-        let digests =
-            import(&*self.parts.machine, reader.entries(), index).map_err(|e| fail(&e))?;
-        if received {
-            let name = super::snapshot::name(mark.applied);
-            self.parts
-                .snapshots
-                .adopt_verified(reader.path(), &name)
-                .map_err(|e| fail(&e))?;
-        }
-        reader.rewind().map_err(|e| fail(&e))?;
-        let mut entries = UntilError::new(reader.entries());
-        // Replaced by a cut content, the engine must not be used again; nor is it: this member stops.
-        let replaced = self.parts.engine.replace(&mut entries, &meta);
-        entries.outcome().map_err(|e| fail(&e))?;
-        replaced.map_err(|e| fail(&e))?;
-        *self.digests.lock() = digests;
-        *self.changed.lock() = Changed {
-            mark,
-            ..Changed::default()
-        };
-        self.applied.send_replace(index);
-        Ok(())
-    }
-}
-
-/// Replace the machine's state; what that changed is not to be checkpointed. The digest of the new one.
-fn import(
-    machine: &dyn Machine,
-    entries: impl Iterator<Item = mainstay_storage::Result<(Vec<u8>, Vec<u8>)>>,
-    applied: u64,
-) -> Result<Digests, Fault> {
-    let mut digests = Digests::at(applied);
-    let mut entries = entries.map(|entry| {
-        let (key, value) = entry.map_err(|e| Fault(chain(&e)))?;
-        digests.add(&key, &value);
-        Ok((key, value))
-    });
-    machine.import(&mut entries)?;
-    drop(machine.take_changes());
-    Ok(digests)
-}
-
-/// Give the outcome to whoever waits, and the failure to the caller as well.
-fn answer<T>(outcome: Result<T, String>, reply: Reply<T>) -> Result<(), String> {
-    let failure = outcome.as_ref().err().cloned();
-    // The asker may have gone; the work is done all the same.
-    let _ = reply.send(outcome.map_err(io::Error::other));
-    failure.map_or(Ok(()), Err)
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod checkpoint;
 pub(crate) mod digest;
+mod export;
 pub(crate) mod fault;
 #[cfg(test)]
 mod holes;
@@ -11,3 +12,4 @@ pub(crate) mod machine;
 pub(crate) mod snapshot;
 #[cfg(test)]
 mod suite;
+mod worker;

@@ -4,6 +4,7 @@ use super::{Change, Engine, Entries};
 use crate::{Result, StorageError};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Holds everything in memory.
 #[derive(Debug, Default)]
@@ -23,13 +24,21 @@ impl MemoryEngine {
     pub fn new() -> Self {
         Self::default()
     }
+
+    fn copy<'a>(&self) -> (Option<Vec<u8>>, Entries<'a>) {
+        let inner = self.inner.lock();
+        let entries = inner.entries.clone().into_iter().map(Ok);
+        (inner.mark.clone(), Box::new(entries))
+    }
 }
 
 impl Engine for MemoryEngine {
     fn read(&self) -> Result<(Option<Vec<u8>>, Entries<'_>)> {
-        let inner = self.inner.lock();
-        let entries = inner.entries.clone().into_iter().map(Ok);
-        Ok((inner.mark.clone(), Box::new(entries)))
+        Ok(self.copy())
+    }
+
+    fn view(self: Arc<Self>) -> Result<(Option<Vec<u8>>, Entries<'static>)> {
+        Ok(self.copy())
     }
 
     fn checkpoint(&self, changes: &[Change], mark: &[u8]) -> Result<()> {

@@ -13,6 +13,7 @@
 
 use super::durable::Durable;
 use super::layout::{self, Root};
+use super::overlay::{Overlay, Step};
 use super::{Change, Engine, Entries};
 use crate::disk::{Disk, DiskFile, RealDisk, create_dir_durable, io_error};
 use crate::error::repair_hint;
@@ -21,8 +22,9 @@ use parking_lot::Mutex;
 use sled::Batch;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// Pages kept in memory. The whole state is in memory above us; this is for writing.
@@ -52,6 +54,8 @@ struct State {
     root: Root,
     /// Files under `blobs/` that were synced.
     synced: BTreeSet<PathBuf>,
+    /// Of those who read while it is changed.
+    readers: Vec<Weak<Overlay>>,
     stopped: Option<String>,
 }
 
@@ -142,18 +146,24 @@ impl SledEngine {
         result
     }
 
-    /// Add to a batch what sets or removes one key, and account for it in `root`.
+    /// Add to a batch what sets or removes one key, and account for it in `root`; `readers` keep what
+    /// the key holds now.
     fn prepare(
         &self,
         batch: &mut Batch,
         root: &mut Root,
-        key: &[u8],
-        value: Option<&[u8]>,
+        readers: &[Arc<Overlay>],
+        (key, value): (&[u8], Option<&[u8]>),
     ) -> Result<()> {
         let generation = root.generation;
         let head_key = layout::head_key(generation, key);
         let mut old_parts = 0;
-        if let Some(old) = self.get(&head_key)? {
+        let old = self.get(&head_key)?;
+        for reader in readers.iter().filter(|reader| reader.needs(key)) {
+            let older = old.as_ref().map(|head| self.whole(generation, key, head));
+            reader.keep(key.to_vec(), older.transpose()?);
+        }
+        if let Some(old) = old {
             let old = layout::parse_head(&old).ok_or_else(|| self.damaged("a value is cut"))?;
             old_parts = old.parts();
             root.count = root.count.wrapping_sub(1);
@@ -315,17 +325,11 @@ fn insert(batch: &mut Batch, root: &mut Root, key: &[u8], value: &[u8]) -> u32 {
 
 impl Engine for SledEngine {
     fn read(&self) -> Result<(Option<Vec<u8>>, Entries<'_>)> {
-        let root = self.state.lock().root;
-        let mut scan = Scan::new(self, root);
-        // The mark has the lowest key.
-        let mut mark = None;
-        let mut first = scan.next_value()?;
-        if let Some((key, value)) = first.take_if(|(key, _)| layout::caller_key(key).is_none()) {
-            debug_assert_eq!(key, layout::MARK_KEY);
-            mark = Some(value);
-        }
-        let first = first.map(|(key, value)| Ok((key[1..].to_vec(), value)));
-        Ok((mark, Box::new(first.into_iter().chain(scan))))
+        scan(self)
+    }
+
+    fn view(self: Arc<Self>) -> Result<(Option<Vec<u8>>, Entries<'static>)> {
+        scan(self)
     }
 
     fn checkpoint(&self, changes: &[Change], mark: &[u8]) -> Result<()> {
@@ -337,10 +341,12 @@ impl Engine for SledEngine {
         self.change(|state| {
             let mut root = state.root;
             let mut batch = Batch::default();
-            for (key, value) in &changes {
-                self.prepare(&mut batch, &mut root, key, *value)?;
+            let readers = state.readers();
+            let mark = (layout::MARK_KEY, Some(mark));
+            let changes = changes.iter().map(|(key, value)| (&key[..], *value));
+            for change in changes.chain([mark]) {
+                self.prepare(&mut batch, &mut root, &readers, change)?;
             }
-            self.prepare(&mut batch, &mut root, layout::MARK_KEY, Some(mark))?;
             self.commit(state, batch, root)
         })
     }
@@ -351,6 +357,7 @@ impl Engine for SledEngine {
         mark: &[u8],
     ) -> Result<()> {
         self.change(|state| {
+            state.readers().iter().for_each(|reader| reader.replaced());
             let mut root = self.write_generation(state, entries)?;
             let mut batch = Batch::default();
             insert(&mut batch, &mut root, layout::MARK_KEY, mark);
@@ -370,20 +377,66 @@ impl Engine for SledEngine {
     }
 }
 
-/// All values of a generation, verified one by one, and as a whole at the end.
-struct Scan<'a> {
-    engine: &'a SledEngine,
+impl State {
+    /// Those who still read.
+    fn readers(&mut self) -> Vec<Arc<Overlay>> {
+        let readers: Vec<_> = self.readers.iter().filter_map(Weak::upgrade).collect();
+        self.readers.retain(|reader| reader.strong_count() > 0);
+        readers
+    }
+}
+
+/// Mark and entries as they are now.
+fn scan<'a, E>(engine: E) -> Result<(Option<Vec<u8>>, Entries<'a>)>
+where
+    E: Deref<Target = SledEngine> + Send + 'a,
+{
+    let overlay = Arc::new(Overlay::default());
+    let root = {
+        let mut state = engine.state.lock();
+        state.readers.push(Arc::downgrade(&overlay));
+        state.root
+    };
+    let mut scan = Scan::new(engine, root, overlay);
+    // The mark has the lowest key.
+    let mut mark = None;
+    let mut first = scan.next_value()?;
+    if let Some((key, value)) = first.take_if(|(key, _)| layout::caller_key(key).is_none()) {
+        debug_assert_eq!(key, layout::MARK_KEY);
+        mark = Some(value);
+    }
+    let first = first.map(|(key, value)| Ok((key[1..].to_vec(), value)));
+    Ok((mark, Box::new(first.into_iter().chain(scan))))
+}
+
+/// A key within a generation, and its value as far as it could be read.
+struct Read {
+    key: Vec<u8>,
+    /// With its digest. An error counts only if nobody changed it meanwhile.
+    value: Result<(Vec<u8>, u64)>,
+}
+
+/// All values of a generation as they were at a time, verified one by one, and as a whole at the end.
+struct Scan<E> {
+    engine: E,
     heads: sled::Iter,
+    overlay: Arc<Overlay>,
+    /// The next in the store, if it was read already.
+    ahead: Option<Read>,
+    exhausted: bool,
     root: Root,
     seen: Root,
     ended: bool,
 }
 
-impl<'a> Scan<'a> {
-    fn new(engine: &'a SledEngine, root: Root) -> Self {
+impl<E: Deref<Target = SledEngine>> Scan<E> {
+    fn new(engine: E, root: Root, overlay: Arc<Overlay>) -> Self {
         Self {
-            engine,
             heads: engine.db.scan_prefix(layout::heads_of(root.generation)),
+            engine,
+            overlay,
+            ahead: None,
+            exhausted: false,
             root,
             seen: Root {
                 generation: root.generation,
@@ -394,28 +447,63 @@ impl<'a> Scan<'a> {
         }
     }
 
+    fn look_ahead(&mut self) -> Result<()> {
+        if self.ahead.is_some() || self.exhausted {
+            return Ok(());
+        }
+        let Some(item) = self.heads.next() else {
+            self.exhausted = true;
+            return Ok(());
+        };
+        let (stored, head) = item.map_err(|e| fault(&self.engine.dir, "read", e))?;
+        let key = stored[layout::KEY_PREFIX_LEN..].to_vec();
+        let value = self.engine.whole(self.root.generation, &key, &head);
+        self.ahead = Some(Read { key, value });
+        Ok(())
+    }
+
     /// The next key within the generation, and its value.
     fn next_value(&mut self) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
-        let engine = self.engine;
-        let Some(item) = self.heads.next() else {
-            if self.seen == self.root {
-                return Ok(None);
-            }
-            return Err(engine.damaged(format!(
-                "it holds {} values where {} were written, or others than those",
-                self.seen.count, self.root.count
-            )));
-        };
-        let (stored, head) = item.map_err(|e| fault(&engine.dir, "read", e))?;
-        let key = &stored[layout::KEY_PREFIX_LEN..];
-        let (value, digest) = engine.whole(self.root.generation, key, &head)?;
-        self.seen.count += 1;
-        self.seen.sum = self.seen.sum.wrapping_add(digest);
-        Ok(Some((key.to_vec(), value)))
+        loop {
+            self.look_ahead()?;
+            let found = self.ahead.as_ref().map(|read| &read.key[..]);
+            let step = self.overlay.next(found);
+            let (key, (value, digest)) = match step {
+                Step::Before(key, older) => (key, older),
+                Step::End => return self.whole().map(|()| None),
+                Step::Over => {
+                    let why = "the state was replaced while it was read";
+                    return Err(StorageError::Misuse(why.into()));
+                }
+                Step::Found | Step::Instead(_) | Step::Skip => {
+                    let Some(read) = self.ahead.take() else {
+                        continue;
+                    };
+                    match step {
+                        Step::Instead(older) => (read.key, older),
+                        Step::Skip => continue,
+                        _ => (read.key, read.value?),
+                    }
+                }
+            };
+            self.seen.count += 1;
+            self.seen.sum = self.seen.sum.wrapping_add(digest);
+            return Ok(Some((key, value)));
+        }
+    }
+
+    fn whole(&self) -> Result<()> {
+        if self.seen == self.root {
+            return Ok(());
+        }
+        Err(self.engine.damaged(format!(
+            "it holds {} values where {} were written, or others than those",
+            self.seen.count, self.root.count
+        )))
     }
 }
 
-impl Iterator for Scan<'_> {
+impl<E: Deref<Target = SledEngine>> Iterator for Scan<E> {
     type Item = Result<(Vec<u8>, Vec<u8>)>;
 
     fn next(&mut self) -> Option<Self::Item> {

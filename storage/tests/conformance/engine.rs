@@ -14,11 +14,13 @@ pub(crate) fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-fn each(check: impl Fn(&dyn Engine)) {
-    check(&MemoryEngine::new());
+fn each(check: impl Fn(&Arc<dyn Engine>)) {
+    let memory: Arc<dyn Engine> = Arc::new(MemoryEngine::new());
+    check(&memory);
     let _turn = turn();
     let dir = crate::support::tempdir();
-    check(&SledEngine::open(&dir.path().join("state")).unwrap());
+    let sled: Arc<dyn Engine> = Arc::new(SledEngine::open(&dir.path().join("state")).unwrap());
+    check(&sled);
 }
 
 fn set(key: &[u8], value: &[u8]) -> Change {
@@ -89,6 +91,104 @@ fn values_and_marks_of_any_size() {
             assert_eq!(engine.load().unwrap(), expected, "{len}");
         }
     });
+}
+
+/// Whatever is changed, made or removed before or behind the place where the reader is.
+#[test]
+fn a_reader_sees_what_there_was_when_it_began() {
+    each(|engine| {
+        let big = Random(3).bytes(20_000);
+        let key = |n: u8| vec![n];
+        let first: Vec<_> = (0..100).map(|n| set(&key(2 * n), &[n])).collect();
+        engine.checkpoint(&first, b"first").unwrap();
+        engine.checkpoint(&[set(&key(50), &big)], b"cut").unwrap();
+        let before = engine.load().unwrap();
+        let (mark, mut entries) = engine.clone().view().unwrap();
+        assert_eq!(mark.as_deref(), Some(&b"cut"[..]));
+        let mut seen = vec![entries.next().unwrap().unwrap()];
+        for round in 0..10u8 {
+            let changes: Vec<_> = (0..200)
+                .map(|n| match (n + round) % 4 {
+                    0 => removed(&key(n)),
+                    1 => set(&key(n), &big[..usize::from(round) * 1000]),
+                    _ => set(&key(n), &[n, round]),
+                })
+                .collect();
+            engine.checkpoint(&changes, &[round]).unwrap();
+            seen.extend(entries.by_ref().take(7).map(Result::unwrap));
+        }
+        seen.extend(entries.map(Result::unwrap));
+        assert!(before.entries == seen, "{} entries seen", seen.len());
+        let now = engine.load().unwrap();
+        assert_eq!(now.mark, Some(vec![9]));
+        assert!(now.entries != seen);
+    });
+}
+
+/// One writes, another reads all the time: each reading is one checkpoint's content, whole.
+#[test]
+fn readers_beside_a_writer_see_one_checkpoint_each() {
+    const KEYS: u64 = 200;
+    let _turn = turn();
+    let dir = crate::support::tempdir();
+    let engine = Arc::new(SledEngine::open(dir.path()).unwrap());
+    // What checkpoint `n` leaves: keys change, come and go, by their own clocks.
+    let value = |key: u64, n: u64| {
+        let at = n - (n + key) % 7;
+        let len = if key.is_multiple_of(9) { 6000 } else { 30 };
+        (!(at + key).is_multiple_of(5)).then(|| Random(key * 1000 + at + 1).bytes(len))
+    };
+    let content = |n: u64| -> Vec<_> {
+        let all = (0..KEYS).map(|key| (key.to_be_bytes().to_vec(), value(key, n)));
+        all.collect()
+    };
+    engine
+        .checkpoint(&content(100), &100u64.to_le_bytes())
+        .unwrap();
+    let written = std::sync::atomic::AtomicBool::new(false);
+    let readings = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 101..300u64 {
+                let old = content(n - 1);
+                let mut changes = content(n);
+                changes.retain(|change| !old.contains(change));
+                engine.checkpoint(&changes, &n.to_le_bytes()).unwrap();
+            }
+            written.store(true, std::sync::atomic::Ordering::SeqCst);
+        });
+        let mut readings = 0;
+        while !written.load(std::sync::atomic::Ordering::SeqCst) {
+            let (mark, entries) = engine.clone().view().unwrap();
+            let n = u64::from_le_bytes(mark.unwrap().try_into().unwrap());
+            let seen: Vec<_> = entries.map(Result::unwrap).collect();
+            let there = content(n).into_iter();
+            let there: Vec<_> = there
+                .filter_map(|(key, value)| Some((key, value?)))
+                .collect();
+            assert!(seen == there, "at {n}");
+            readings += 1;
+        }
+        readings
+    });
+    assert!(readings > 3, "{readings} readings");
+}
+
+#[test]
+fn a_replacement_ends_a_reading() {
+    let _turn = turn();
+    let dir = crate::support::tempdir();
+    let engine = Arc::new(SledEngine::open(dir.path()).unwrap());
+    let changes: Vec<_> = (0..100u8).map(|n| set(&[n], b"v")).collect();
+    engine.checkpoint(&changes, b"m").unwrap();
+    let (_, mut entries) = engine.clone().view().unwrap();
+    assert!(entries.next().unwrap().is_ok());
+    engine.replace(&mut std::iter::empty(), b"n").unwrap();
+    let rest: Vec<_> = entries.collect();
+    assert!(
+        matches!(rest[..], [Err(StorageError::Misuse(_))]),
+        "{}",
+        rest.len()
+    );
 }
 
 #[test]
