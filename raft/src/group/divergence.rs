@@ -11,11 +11,13 @@
 //! Outcomes and reads come from the state: a member that is known to hold another one must not
 //! answer. What it has voted for and logged is not in doubt, so it goes on doing both.
 
+use super::rounds::repeat;
 use super::{Inner, Unfit};
 use crate::codec;
 use crate::store::digest::At;
 use crate::transport::wire::{Lane, kind};
 use bytes::Bytes;
+use futures::FutureExt;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,26 +71,18 @@ fn compare(one: &[At], other: &[At]) -> Option<(u64, bool)> {
 
 /// Compare until the member ends.
 pub(super) fn spawn(inner: &Arc<Inner>) {
-    let inner = inner.clone();
-    tokio::spawn(async move {
-        let cancel = inner.cancel.clone();
-        let rounds = async {
-            loop {
-                tokio::time::sleep(COMPARE_EVERY).await;
-                inner.compare().await;
-            }
-        };
-        cancel.run_until_cancelled(rounds).await;
+    repeat(inner, |inner| {
+        async move {
+            tokio::time::sleep(COMPARE_EVERY).await;
+            inner.compare().await;
+        }
+        .boxed()
     });
 }
 
 impl Inner {
     async fn compare(&self) {
-        let members: Vec<_> = {
-            let metrics = self.metrics();
-            let nodes = metrics.membership_config.membership().nodes();
-            nodes.map(|(id, member)| (*id, member.clone())).collect()
-        };
+        let members = self.members();
         let asked = members.iter().filter(|(id, _)| *id != self.config.id);
         let asked = asked.map(|(id, member)| async move {
             let link = self.peers.link(*id, member, Lane::Control);

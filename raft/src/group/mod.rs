@@ -8,6 +8,7 @@ mod membership;
 mod propose;
 mod queue;
 mod read;
+mod rounds;
 mod service;
 mod slow;
 mod status;
@@ -429,6 +430,13 @@ impl Inner {
     /// The link to the current leader for a kind of work; `None` without a leader or when it is us.
     fn leader_link(&self, leader: u64, lane: transport::wire::Lane) -> Option<Arc<Link>> {
         Some(self.peers.link(leader, &self.member(leader)?, lane))
+    }
+
+    /// All members as the membership has them.
+    fn members(&self) -> Vec<(u64, Member)> {
+        let metrics = self.metrics();
+        let nodes = metrics.membership_config.membership().nodes();
+        nodes.map(|(id, member)| (*id, member.clone())).collect()
     }
 
     /// A member as the membership has it.

@@ -1,10 +1,12 @@
 //! The read barrier: a round asks the leader for a commit index that a quorum confirms to be
 //! current (ReadIndex); everyone who came before the round began shares it. Never a clock lease.
 
+use super::rounds::repeat;
 use super::{GroupError, Inner};
 use crate::codec;
 use crate::transport::wire::{Lane, Reply, kind};
 use bytes::Bytes;
+use futures::FutureExt;
 use openraft::ReadPolicy;
 use openraft::errors::{LinearizableReadError, RaftError};
 use parking_lot::Mutex;
@@ -30,29 +32,24 @@ pub(super) struct Reads {
 
 /// Run rounds while someone waits.
 pub(super) fn spawn(inner: &Arc<Inner>) {
-    let inner = inner.clone();
-    tokio::spawn(async move {
-        let cancel = inner.cancel.clone();
-        let rounds = async {
-            loop {
-                let waiting = std::mem::take(&mut *inner.reads.waiting.lock());
-                if waiting.is_empty() {
-                    inner.reads.wake.notified().await;
-                    continue;
-                }
-                let outcome = tokio::time::timeout(ROUND_TIMEOUT, inner.round()).await;
-                let outcome = outcome.ok().flatten();
-                for caller in waiting {
-                    // The caller may have given up.
-                    let _ = caller.send(outcome);
-                }
-            }
-        };
-        cancel.run_until_cancelled(rounds).await;
-    });
+    repeat(inner, |inner| inner.read_round().boxed());
 }
 
 impl Inner {
+    /// One round for all who wait, or the wait for the first of them.
+    async fn read_round(&self) {
+        let waiting = std::mem::take(&mut *self.reads.waiting.lock());
+        if waiting.is_empty() {
+            return self.reads.wake.notified().await;
+        }
+        let outcome = tokio::time::timeout(ROUND_TIMEOUT, self.round()).await;
+        let outcome = outcome.ok().flatten();
+        for caller in waiting {
+            // The caller may have given up.
+            let _ = caller.send(outcome);
+        }
+    }
+
     pub(super) async fn read_barrier(&self, deadline: Instant) -> Result<u64, GroupError> {
         #[cfg(feature = "seeded-bugs")]
         if crate::seeded::bug("stale-read") && !self.leads() {

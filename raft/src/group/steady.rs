@@ -4,8 +4,10 @@
 //! of those that did not vote for it, which says nothing about them. Decides nothing.
 
 use super::Inner;
+use super::rounds::repeat;
 use super::status::answers;
 use crate::types::Types;
+use futures::FutureExt;
 use openraft::RaftMetrics;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -70,15 +72,11 @@ pub(super) fn lag(metrics: &RaftMetrics<Types>, id: u64) -> (u64, bool) {
 }
 
 pub(super) fn spawn(inner: &Arc<Inner>) {
-    let inner = inner.clone();
-    tokio::spawn(async move {
-        let cancel = inner.cancel.clone();
-        let looks = async {
-            loop {
-                tokio::time::sleep(LOOK_EVERY).await;
-                inner.steady.look(&inner.metrics(), inner.config.election.1);
-            }
-        };
-        cancel.run_until_cancelled(looks).await;
+    repeat(inner, |inner| {
+        async move {
+            tokio::time::sleep(LOOK_EVERY).await;
+            inner.steady.look(&inner.metrics(), inner.config.election.1);
+        }
+        .boxed()
     });
 }
