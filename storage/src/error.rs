@@ -47,9 +47,8 @@ pub enum StorageError {
     BadDigest(String),
 }
 
-/// What a person does about damage, found at `path`, that this member cannot repair by itself. The command
-/// is complete: it names the data directory that `path` is in.
-pub fn repair_hint(path: &Path) -> String {
+/// The data directory that `path`, a part of it or a file in one, lies in.
+pub fn data_dir(path: &Path) -> &Path {
     let part = |dir: &&Path| {
         let name = dir.file_name().and_then(|name| name.to_str());
         name.is_some_and(|name| crate::datadir::PARTS.contains(&name))
@@ -61,7 +60,13 @@ pub fn repair_hint(path: &Path) -> String {
         Some(part) => part.parent(),
         None => path.parent(),
     };
-    let root = root.unwrap_or(Path::new("."));
+    root.unwrap_or(Path::new("."))
+}
+
+/// What a person does about damage, found at `path`, that this member cannot repair by itself. The command
+/// is complete: it names the data directory that `path` is in.
+pub fn repair_hint(path: &Path) -> String {
+    let root = data_dir(path);
     format!(
         "this member's copy cannot be trusted; the other members hold the data: \
          run `mainstay member repair --data-dir {}`, then start this member again",

@@ -23,6 +23,7 @@ mod oci;
 mod push;
 mod refused;
 mod rescue;
+mod reverted;
 mod snapshots;
 mod thin_line;
 mod upgrade;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-async fn voters(cluster: &Cluster, n: usize, count: usize) {
+pub(crate) async fn voters(cluster: &Cluster, n: usize, count: usize) {
     until("all are voters", Duration::from_secs(60), || async {
         let list = cluster.call(n, "GET", "/api/v1/members", None).await.ok()?;
         let list = list.as_array()?;
@@ -141,7 +141,7 @@ fn first_file(dir: &Path, ending: &str) -> PathBuf {
 }
 
 /// The command in backquotes that a refusal names.
-fn named_command(text: &str) -> Vec<String> {
+pub(crate) fn named_command(text: &str) -> Vec<String> {
     let at = text
         .find("`mainstay member repair")
         .expect("a command is named");
@@ -276,7 +276,7 @@ fn damage_state(data: &Path) {
 }
 
 /// What a server says that must refuse to start, within a bound.
-fn refusal(cluster: &Cluster, n: usize) -> String {
+pub(crate) fn refusal(cluster: &Cluster, n: usize) -> String {
     let mut command = cluster.server_command(n);
     let log = cluster.dir.path().join("refusal.log");
     command.stderr(std::fs::File::create(&log).unwrap());

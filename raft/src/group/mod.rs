@@ -1,6 +1,7 @@
 //! A handle on this process's member of the Raft group. Knows no command and no wire.
 
 mod admin;
+mod claims;
 mod config;
 mod divergence;
 mod fitness;
@@ -29,6 +30,7 @@ use crate::store::machine::StateMachine;
 use crate::store::snapshot::SnapshotFile;
 use crate::transport::network::{Factory, Peers};
 use crate::transport::wire::Admin;
+use crate::transport::witness::Witness;
 use crate::transport::{self, link::Link};
 use crate::types::Raft;
 use crate::{Dialer, Machine, Member, PeerStream};
@@ -105,6 +107,7 @@ pub(crate) struct Inner {
     checkpointer: Arc<Checkpointer>,
     snapshots: Arc<SnapshotDir>,
     peers: Arc<Peers>,
+    witness: Arc<Witness>,
     fault: FaultCell,
     fitness: fitness::Fitness,
     started: Instant,
@@ -162,7 +165,15 @@ impl Group {
             snapshots.clone(),
             fault.clone(),
         );
-        let peers = Peers::new(config.id, config.cluster_id.clone(), dialer);
+        let witness = Witness::new(
+            config.id,
+            log.clone(),
+            checkpointer.clone(),
+            fault.clone(),
+            snapshots.path(),
+        );
+        let cluster_id = config.cluster_id.clone();
+        let peers = Peers::new(config.id, cluster_id, dialer, witness.clone());
         let raft = Raft::new(config.id, core, Factory(peers.clone()), log.clone(), state)
             .await
             .map_err(|e| fail(&e))?;
@@ -185,6 +196,7 @@ impl Group {
             checkpointer,
             snapshots,
             peers,
+            witness,
             fault,
             fitness,
             started: Instant::now(),
@@ -214,6 +226,7 @@ impl Group {
         slow::spawn(&inner);
         succession::spawn(&inner, ended);
         steady::spawn(&inner);
+        claims::spawn(&inner);
         Ok(Self {
             _alive: Arc::new(Alive(inner.clone())),
             inner,
@@ -300,6 +313,12 @@ impl Group {
             .map(|(id, _)| *id)
             .filter(|id| status::answers(&metrics, *id, lease))
             .collect()
+    }
+
+    /// The log index that the disk of member `id` is known to hold for good, if that has been heard: put
+    /// back to an older state, it is not listened to.
+    pub fn witnessed(&self, id: u64) -> Option<u64> {
+        self.inner.witness.kept(id)
     }
 
     /// The runtime that this member was started on and works on. Streams are served there as well,

@@ -74,6 +74,7 @@ impl Service for Requests {
                 Ok(codec::encode(&inner.admin_here(&request).await).into())
             }
             .boxed(),
+            kind::CLAIM => async move { inner.claimed(&payload) }.boxed(),
             kind::DIGESTS => async move { Ok(inner.digests_for_peer()) }.boxed(),
             other => async move { Err(format!("unknown request {other}")) }.boxed(),
         }

@@ -1,6 +1,6 @@
 //! One long-lived connection to one member for one lane: requests go out in the order they are
 //! started, answers come back by correlation id. Dials when needed, backs off when it fails.
-//! Knows no message.
+//! Knows no message but the greeting and the claims behind it.
 //!
 //! ```text
 //!  idle ──start──► connecting ──ok──► up ──error, or silence with work outstanding──┐
@@ -10,6 +10,7 @@
 
 use super::frame::{Frame, Frames};
 use super::wire::{Hello, Lane, kind};
+use super::witness::Witness;
 use super::{Dialer, Member, PeerStream};
 use crate::codec;
 use bytes::{Bytes, BytesMut};
@@ -93,6 +94,7 @@ pub(crate) struct Target {
     pub(crate) from: u64,
     pub(crate) cluster_id: String,
     pub(crate) dialer: Arc<dyn Dialer>,
+    pub(crate) witness: Arc<Witness>,
 }
 
 /// See the module. Dropping it closes the connection.
@@ -313,11 +315,41 @@ pub(crate) async fn connect(target: &Target) -> io::Result<Framed<Box<dyn PeerSt
             let why = String::from_utf8_lossy(&answer.payload);
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
+        // A snapshot goes to those only with whom entries were exchanged before.
+        if target.lane != Lane::Snapshot {
+            claim(&mut framed, &target.witness).await?;
+        }
         Ok(framed)
     };
     tokio::time::timeout(CONNECT_TIMEOUT, greet)
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Both sides say how far their disks go, before anything else is said.
+async fn claim(
+    framed: &mut Framed<Box<dyn PeerStream>, Frames>,
+    witness: &Witness,
+) -> io::Result<()> {
+    let claim = Frame {
+        kind: kind::CLAIM,
+        id: 0,
+        payload: codec::encode(&witness.claim()).into(),
+    };
+    framed.send(claim).await?;
+    loop {
+        let answer = framed.next().await.ok_or(io::ErrorKind::UnexpectedEof)??;
+        match answer.kind {
+            kind::PROGRESS => {}
+            kind::ANSWER => {
+                let verdict = codec::decode(&answer.payload)?;
+                let heard = witness.heard(&verdict);
+                return heard.map_err(|why| io::Error::new(io::ErrorKind::PermissionDenied, why));
+            }
+            // A member of a release that knows no claims.
+            _ => return Ok(()),
+        }
+    }
 }
 
 async fn converse(shared: &Shared, stream: Framed<Box<dyn PeerStream>, Frames>) -> io::Error {

@@ -8,6 +8,7 @@ mod pipeline;
 pub(crate) mod server;
 pub(crate) mod snapshot;
 pub(crate) mod wire;
+pub(crate) mod witness;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};

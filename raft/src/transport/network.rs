@@ -4,6 +4,7 @@
 use super::link::{Link, LinkError, Target, connect};
 use super::pipeline::pipeline;
 use super::wire::{self, Lane, SnapshotBegin, kind};
+use super::witness::Witness;
 use super::{Dialer, Member, snapshot};
 use crate::codec::VoteV1;
 use crate::store::snapshot::{Snapshot, SnapshotData};
@@ -52,6 +53,7 @@ pub(crate) struct Peers {
     pub(crate) id: u64,
     cluster_id: String,
     dialer: Arc<dyn Dialer>,
+    witness: Arc<Witness>,
     /// Where the connections live, whoever asks for them.
     runtime: Handle,
     known: Mutex<Known>,
@@ -66,11 +68,17 @@ struct SnapshotSends {
 }
 
 impl Peers {
-    pub(crate) fn new(id: u64, cluster_id: String, dialer: Arc<dyn Dialer>) -> Arc<Self> {
+    pub(crate) fn new(
+        id: u64,
+        cluster_id: String,
+        dialer: Arc<dyn Dialer>,
+        witness: Arc<Witness>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             id,
             cluster_id,
             dialer,
+            witness,
             runtime: Handle::current(),
             known: Mutex::default(),
             sending: Mutex::default(),
@@ -86,6 +94,7 @@ impl Peers {
             from: self.id,
             cluster_id: self.cluster_id.clone(),
             dialer: self.dialer.clone(),
+            witness: self.witness.clone(),
         }
     }
 

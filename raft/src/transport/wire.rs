@@ -32,6 +32,7 @@ pub(crate) mod kind {
     pub(crate) const SNAPSHOT_END: u8 = 11;
     pub(crate) const DIGESTS: u8 = 12;
     pub(crate) const FITNESS: u8 = 13;
+    pub(crate) const CLAIM: u8 = 14;
     /// The answer; its payload depends on the request.
     pub(crate) const ANSWER: u8 = 128;
     /// The request could not be served; the payload says why.
@@ -58,6 +59,57 @@ pub(crate) struct Hello {
     pub(crate) from: u64,
     pub(crate) to: u64,
     pub(crate) lane: Lane,
+}
+
+/// How far a member's disk goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Position {
+    /// Of the newest vote.
+    pub(crate) term: u64,
+    /// Of the last entry.
+    pub(crate) index: u64,
+}
+
+/// What a member says of its own disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Claim {
+    pub(crate) from: u64,
+    pub(crate) has: Position,
+    /// What it will always have.
+    pub(crate) kept: Position,
+}
+
+/// What another member knows of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Known {
+    /// It said that it will always have this.
+    Kept(Position),
+    /// The leader of this term has its acknowledgement of this entry.
+    Acknowledged(Position),
+}
+
+impl Known {
+    pub(crate) fn position(self) -> Position {
+        match self {
+            Self::Kept(position) | Self::Acknowledged(position) => position,
+        }
+    }
+
+    /// Can a disk that has `has` not be the one of which this is known?
+    pub(crate) fn contradicts(self, has: Position) -> bool {
+        match self {
+            Self::Kept(kept) => has.term < kept.term || has.index < kept.index,
+            // A leader of a later term may have had it replaced.
+            Self::Acknowledged(entry) => has.term <= entry.term && has.index < entry.index,
+        }
+    }
+}
+
+/// The answer to a [`Claim`]: one's own, and what is known against the other's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Verdict {
+    pub(crate) claim: Claim,
+    pub(crate) against: Option<Known>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -381,6 +433,19 @@ mod tests {
         for cut in 0..bytes.len() {
             assert!(decode_append(bytes.slice(..cut)).is_err(), "{cut}");
         }
+    }
+
+    #[test]
+    fn what_is_known_of_a_disk_contradicts_only_what_cannot_be() {
+        let at = |term, index| Position { term, index };
+        let kept = Known::Kept(at(3, 10));
+        assert!(!kept.contradicts(at(3, 10)) && !kept.contradicts(at(4, 12)));
+        assert!(kept.contradicts(at(4, 9)) && kept.contradicts(at(2, 20)));
+        let acknowledged = Known::Acknowledged(at(3, 10));
+        assert!(acknowledged.contradicts(at(3, 9)));
+        assert!(acknowledged.contradicts(at(2, 9)));
+        assert!(!acknowledged.contradicts(at(3, 10)));
+        assert!(!acknowledged.contradicts(at(4, 9)), "replaced since");
     }
 
     #[test]

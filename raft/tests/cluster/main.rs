@@ -11,6 +11,7 @@ mod fitness;
 mod membership;
 mod reads_and_writes;
 mod retries;
+mod reverted;
 mod snapshots;
 mod support;
 mod thin;

@@ -164,6 +164,10 @@ impl Node {
         self.group.as_ref().expect("started")
     }
 
+    pub(crate) fn files(&self) -> PathBuf {
+        self.dir.path().to_path_buf()
+    }
+
     pub(crate) fn snapshots(&self) -> PathBuf {
         self.dir.path().join("snapshots")
     }
