@@ -28,4 +28,8 @@ mod types;
 pub use group::{Agreement, Group, GroupConfig, GroupError, MemberStatus, Role, Status, Unfit};
 pub use machine::{Fault, Machine};
 pub use store::snapshot::SnapshotFile;
+/// What of the consensus library's own messages is worth a line, as a filter of `tracing`. That a request met a
+/// core which was told to stop is none: who asked is answered, and why a core ended by itself is said here.
+pub const LOG_FILTER: &str = "openraft=error,openraft::raft::raft_inner=off";
+
 pub use transport::{Dialer, Member, PeerStream};

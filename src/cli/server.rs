@@ -2,6 +2,7 @@
 
 use crate::config::{LogFormat, ServerArgs};
 use crate::server;
+use mainstay_raft::LOG_FILTER;
 use tracing_subscriber::EnvFilter;
 
 /// Run one member until it is told to stop.
@@ -14,7 +15,7 @@ pub async fn run(args: ServerArgs) -> anyhow::Result<()> {
 /// Log to standard error; `RUST_LOG` says how much.
 fn log(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("info,openraft=error,sled=warn"));
+        .unwrap_or_else(|_| EnvFilter::new(format!("info,{LOG_FILTER},sled=warn")));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);

@@ -4,6 +4,8 @@
 use mainstay_model::MemberId;
 use mainstay_raft::{Group, Status};
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 /// Its name in the data directory.
@@ -36,7 +38,10 @@ pub async fn keep(root: PathBuf, group: Group) {
     loop {
         let now = known(&watch.borrow_and_update());
         if now != written && !now.members.is_empty() {
-            if let Err(error) = write(&root, &now) {
+            // It waits for the disk: not on a thread that serves requests.
+            let (root, known) = (root.clone(), now.clone());
+            let noted = tokio::task::spawn_blocking(move || write(&root, &known));
+            if let Err(error) = noted.await.unwrap_or_else(|e| Err(e.into())) {
                 tracing::debug!(%error, "cannot note the members");
             }
             written = now;
@@ -63,8 +68,11 @@ fn known(status: &Status) -> Known {
 
 fn write(root: &Path, known: &Known) -> std::io::Result<()> {
     let temp = root.join(TEMP);
-    std::fs::write(&temp, serde_json::to_vec(known)?)?;
-    std::fs::rename(&temp, root.join(NAME))
+    let mut file = File::create(&temp)?;
+    file.write_all(&serde_json::to_vec(known)?)?;
+    file.sync_all()?;
+    std::fs::rename(&temp, root.join(NAME))?;
+    File::open(root)?.sync_all()
 }
 
 /// The members that were known here; nothing if that cannot be read.

@@ -125,4 +125,9 @@ async fn a_clean_stop_spoils_no_request() {
     assert!(count(&tally.refused) > 0, "no stop was noticed at all");
     let spoilt = tally.spoilt.lock();
     assert!(spoilt.is_empty(), "{} spoilt: {spoilt:#?}", spoilt.len());
+    for member in &cluster.members {
+        let log = cluster.log(&member.name);
+        let error = log.lines().find(|line| line.contains(" ERROR "));
+        assert_eq!(error, None, "{}: a clean stop is no error", member.name);
+    }
 }

@@ -27,7 +27,7 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path, cache_bytes: usize) -> Result
         .iter()
         .filter_map(|name| segment::number(name))
         .collect();
-    remove_unborn(disk, dir, &mut numbers)?;
+    let unborn = unborn(dir, &mut numbers)?;
     let mut found = Recovered {
         next_number: numbers.last().map_or(1, |n| n + 1),
         ..Recovered::default()
@@ -42,7 +42,7 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path, cache_bytes: usize) -> Result
         found.segments.push_back(segment);
         found.index.evict(cache_bytes);
     }
-    finish(disk, dir, stale, &mut found)?;
+    finish(disk, dir, stale, unborn, &mut found)?;
     Ok(found)
 }
 
@@ -53,16 +53,16 @@ fn run_start(numbers: &[u64]) -> usize {
         .unwrap_or(0)
 }
 
-/// A crash while the newest segment was created leaves it without its first record: remove it. It
-/// held nothing, unless a record in it says that something was durable.
-fn remove_unborn(disk: &dyn Disk, dir: &Path, numbers: &mut Vec<u64>) -> Result<()> {
+/// A crash while the newest segment was created leaves it without its first record: it is taken from
+/// `numbers`, to be removed. It held nothing, unless a record in it says that something was durable.
+fn unborn(dir: &Path, numbers: &mut Vec<u64>) -> Result<Option<u64>> {
     let Some(&number) = numbers.last() else {
-        return Ok(());
+        return Ok(None);
     };
     let path = segment::path(dir, number);
     let buf = std::fs::read(&path).map_err(io_error("read", &path))?;
     if !matches!(decode(&buf, 0, 0, number), Err(Bad::Noise)) {
-        return Ok(());
+        return Ok(None);
     }
     if durable_after(&buf, 0, number) > 0 {
         return Err(StorageError::corrupt(
@@ -70,12 +70,7 @@ fn remove_unborn(disk: &dyn Disk, dir: &Path, numbers: &mut Vec<u64>) -> Result<
             "its first record does not match its checksum",
         ));
     }
-    tracing::warn!(path = %path.display(), "removing a log segment whose creation was interrupted");
-    disk.remove(&path).map_err(io_error("remove", &path))?;
-    disk.sync_dir(dir)
-        .map_err(io_error("sync directory", dir))?;
-    numbers.pop();
-    Ok(())
+    Ok(numbers.pop())
 }
 
 fn read_segment(
@@ -105,14 +100,14 @@ fn read_segment(
             }
             // Lengthened ahead of the records. A sealed segment was shortened again, as far as that
             // was on disk when the power went.
-            Err(Bad::Noise) if (last || sealed) && buf[at..].iter().all(|b| *b == 0) => {
+            Err(Bad::Noise) if (last || sealed) && tail(&buf[at..]) == Tail::Empty => {
                 if last {
                     shorten(&segment, at)?;
                 }
                 break;
             }
             Err(Bad::Noise) if last && durable_after(&buf, at, number) <= at as u64 => {
-                cut_tail(&segment, at, buf.len())?;
+                cut_tail(&segment, at, &buf[at..])?;
                 break;
             }
             Err(bad) => return Err(refuse(&segment.path, at, &bad)),
@@ -136,11 +131,39 @@ fn durable_after(buf: &[u8], from: usize, number: u64) -> u64 {
         .unwrap_or(0)
 }
 
-fn cut_tail(segment: &Segment, at: usize, len: usize) -> Result<()> {
-    tracing::warn!(
-        path = %segment.path.display(), offset = at, bytes = len - at,
-        "cutting off a torn write at the end of the log (it was never acknowledged)"
-    );
+/// What stands behind the last record.
+#[derive(Debug, PartialEq, Eq)]
+enum Tail {
+    /// Room that was made ahead of the records.
+    Empty,
+    /// The same, and one bit in it is set: no write that was cut off leaves that.
+    Flipped,
+    /// A write that was cut off.
+    Torn,
+}
+
+fn tail(rest: &[u8]) -> Tail {
+    let ones = rest.iter().filter(|b| **b != 0).map(|b| b.count_ones());
+    match ones.take(2).sum() {
+        0 => Tail::Empty,
+        1 => Tail::Flipped,
+        _ => Tail::Torn,
+    }
+}
+
+fn cut_tail(segment: &Segment, at: usize, rest: &[u8]) -> Result<()> {
+    let (path, bytes) = (segment.path.display(), rest.len());
+    if tail(rest) == Tail::Flipped {
+        tracing::warn!(
+            %path, offset = at,
+            "a bit is set in the empty room behind the log's last record: nothing is lost by it, but the disk or the memory under it is not sound"
+        );
+    } else {
+        tracing::warn!(
+            %path, offset = at, bytes,
+            "cutting off a torn write at the end of the log (it was never acknowledged)"
+        );
+    }
     shorten(segment, at)
 }
 
@@ -192,7 +215,14 @@ fn replay(record: Record, at: usize, segment: &mut Segment, found: &mut Recovere
                 None => index.purges(i),
             };
             if !follows {
-                let what = format!("at byte {at}: entry {i} does not follow the one before it");
+                let what = match index.last() {
+                    Some(last) if i > last + 1 => format!(
+                        "at byte {at}: entries {} to {} are missing before entry {i}: this file or the one before it was cut",
+                        last + 1,
+                        i - 1
+                    ),
+                    _ => format!("at byte {at}: entry {i} does not follow the one before it"),
+                };
                 return Err(StorageError::corrupt(&segment.path, what));
             }
             segment.highest = segment.highest.max(Some(i));
@@ -221,11 +251,24 @@ fn replay(record: Record, at: usize, segment: &mut Segment, found: &mut Recovere
     Ok(())
 }
 
-/// Check that no needed segment is missing, and finish an interrupted deletion.
-fn finish(disk: &dyn Disk, dir: &Path, stale: &[u64], found: &mut Recovered) -> Result<()> {
+/// Check that no needed segment is missing, and finish an interrupted deletion or creation.
+fn finish(
+    disk: &dyn Disk,
+    dir: &Path,
+    stale: &[u64],
+    unborn: Option<u64>,
+    found: &mut Recovered,
+) -> Result<()> {
     if let Some(front) = found.segments.front()
         && front.number > found.oldest
     {
+        // Deleted by the word of a record that stood in the newest.
+        if let Some(cut) = unborn {
+            return Err(StorageError::corrupt(
+                &segment::path(dir, cut),
+                "this log segment was cut within its first record: those before it are not whole without it",
+            ));
+        }
         let missing = segment::path(dir, front.number - 1);
         return Err(StorageError::corrupt(
             &missing,
@@ -238,7 +281,13 @@ fn finish(disk: &dyn Disk, dir: &Path, stale: &[u64], found: &mut Recovered) -> 
         let what = format!("entries {} to {} are missing", purged + 1, first - 1);
         return Err(StorageError::corrupt(dir, what));
     }
-    let mut gone = stale.to_vec();
+    if let Some(number) = unborn {
+        tracing::warn!(
+            path = %segment::path(dir, number).display(),
+            "removing a log segment whose creation was interrupted"
+        );
+    }
+    let mut gone: Vec<u64> = stale.iter().copied().chain(unborn).collect();
     while found
         .segments
         .front()
@@ -255,4 +304,23 @@ fn finish(disk: &dyn Disk, dir: &Path, stale: &[u64], found: &mut Recovered) -> 
             .map_err(io_error("sync directory", dir))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_bit_is_no_torn_write() {
+        assert_eq!(tail(&[]), Tail::Empty);
+        assert_eq!(tail(&[0; 9]), Tail::Empty);
+        let mut rest = [0; 9];
+        rest[7] = 16;
+        assert_eq!(tail(&rest), Tail::Flipped);
+        rest[7] = 17;
+        assert_eq!(tail(&rest), Tail::Torn);
+        rest[7] = 16;
+        rest[0] = 1;
+        assert_eq!(tail(&rest), Tail::Torn);
+    }
 }

@@ -232,6 +232,42 @@ fn a_missing_segment_is_damage() {
     }
 }
 
+/// What is missing is named, and what was cut is not removed.
+#[test]
+fn a_cut_log_says_where_it_was_cut() {
+    let sample = Sample::new(40);
+    let files = sample.files();
+    let middle = &files[files.len() / 2];
+    let bytes = std::fs::read(middle).unwrap();
+    let entries: Vec<_> = records(&bytes)
+        .into_iter()
+        .filter(|r| r.1 == KIND_ENTRY)
+        .collect();
+    let (at, _, _) = entries[entries.len() - 1];
+    let error = open_with(&sample, middle, &bytes[..at])
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("was cut"), "{error}");
+    // The newest one holds the only record that says which of the older ones are gone.
+    let wal = Wal::open_with(sample.dir.path(), small_options()).unwrap();
+    wait(|done| wal.purge(25, Bytes::from_static(b"mark"), done)).unwrap();
+    drop(wal);
+    let last = sample.last();
+    let bytes = std::fs::read(&last).unwrap();
+    for cut in [0, 10, HEADER] {
+        let dir = crate::support::tempdir();
+        for file in sample.files() {
+            std::fs::copy(&file, dir.path().join(file.file_name().unwrap())).unwrap();
+        }
+        let path = dir.path().join(last.file_name().unwrap());
+        std::fs::write(&path, &bytes[..cut]).unwrap();
+        let error = Wal::open_with(dir.path(), small_options()).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("cut within its first record"), "{error}");
+        assert!(path.exists());
+    }
+}
+
 /// The newest file is longer than its records; a sealed one may still be, when the power went before
 /// its shortening was on disk.
 #[test]
