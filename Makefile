@@ -26,6 +26,7 @@ torture:
 	MAINSTAY_PUSH_CUTS=20 cargo test --test process interrupted_push -- --nocapture
 	MAINSTAY_FLIPS=50 cargo test --test process flipped_bit -- --nocapture
 	MAINSTAY_FAULT_POINTS=100 cargo test --test process one_failing_call -- --nocapture
+	MAINSTAY_COMMAND_POINTS=1000 cargo test --test process when_run_again -- --nocapture
 	MAINSTAY_PAUSE_SECONDS=60 cargo test --test process paused -- --nocapture
 	MAINSTAY_CHURN=20000 cargo test -p mainstay-storage --test conformance churn -- --nocapture
 	MAINSTAY_OCI_KILLS=100 cargo test --test process pushes_that_were_answered -- --nocapture

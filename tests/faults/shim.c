@@ -11,6 +11,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -24,7 +25,7 @@
 #include <unistd.h>
 
 enum { WRITE = 1, SYNC = 2, RENAME = 4, RESIZE = 8, CREATE = 16, REMOVE = 32 };
-enum { COUNT = 0, ONCE = 1, ALWAYS = 2, DELAY = 3, SHORT = 4, INTERRUPT = 5 };
+enum { COUNT = 0, ONCE = 1, ALWAYS = 2, DELAY = 3, SHORT = 4, INTERRUPT = 5, KILL = 6 };
 
 struct control {
     uint32_t mode;      /* what to do */
@@ -68,7 +69,7 @@ static int fate(uint32_t op, const char *name, const char *path) {
     uint64_t n = __atomic_add_fetch(&control->count, 1, __ATOMIC_SEQ_CST);
     uint32_t mode = control->mode;
     if (mode == COUNT || n < control->at) return 0;
-    int one = mode == ONCE || mode == SHORT || mode == INTERRUPT;
+    int one = mode == ONCE || mode == SHORT || mode == INTERRUPT || mode == KILL;
     if (!one && control->until && n > control->until) return 0;
     if (mode == SHORT && op != WRITE) return 0;
     /* The others are never interrupted by a signal. */
@@ -82,6 +83,7 @@ static int fate(uint32_t op, const char *name, const char *path) {
         nanosleep(&wait, NULL);
         return 0;
     }
+    if (mode == KILL) kill(getpid(), SIGKILL);
     if (mode == SHORT) return -1;
     return mode == INTERRUPT ? EINTR : (int)control->error;
 }
@@ -168,6 +170,24 @@ int rename(const char *from, const char *to) {
     REAL(int, "rename", const char *, const char *);
     FAIL(fate(RENAME, "rename", to));
     return real(from, to);
+}
+
+int unlinkat(int fd, const char *name, int flags) {
+    REAL(int, "unlinkat", int, const char *, int);
+    char link[64], path[2048];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t len = *name == '/' ? 0 : readlink(link, path, sizeof path - 1);
+    if (len >= 0) {
+        snprintf(path + len, sizeof path - len, len ? "/%s" : "%s", name);
+        FAIL(fate(REMOVE, "unlinkat", path));
+    }
+    return real(fd, name, flags);
+}
+
+int mkdir(const char *path, mode_t mode) {
+    REAL(int, "mkdir", const char *, mode_t);
+    FAIL(fate(CREATE, "mkdir", path));
+    return real(path, mode);
 }
 
 int unlink(const char *path) {

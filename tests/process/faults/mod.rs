@@ -4,6 +4,7 @@
 //!
 //! A run that did not meet its fault proves nothing and fails.
 
+mod commands;
 mod flips;
 mod full;
 mod overload;

@@ -2,6 +2,7 @@
 //! does while the member runs.
 
 use crate::cluster::Cluster;
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,8 @@ pub(crate) enum Fault {
     Short,
     /// This one is interrupted by a signal.
     Interrupt,
+    /// The process is killed in its place.
+    Kill,
 }
 
 const MATCH_AT: u64 = 48;
@@ -87,9 +90,15 @@ impl Shim {
 
     /// Member `n` is started under it from now on.
     pub(crate) fn attach(&self, cluster: &mut Cluster, n: usize) {
-        let env = cluster.env.entry(n).or_default();
-        env.push(("LD_PRELOAD".into(), self.library.clone().into()));
-        env.push(("MAINSTAY_FAULTS".into(), self.path.clone().into()));
+        cluster.env.entry(n).or_default().extend(self.environment());
+    }
+
+    /// A process with this environment runs under it.
+    pub(crate) fn environment(&self) -> [(OsString, OsString); 2] {
+        [
+            ("LD_PRELOAD".into(), self.library.clone().into()),
+            ("MAINSTAY_FAULTS".into(), self.path.clone().into()),
+        ]
     }
 
     /// Count anew; `fault` happens to the call number `at` (from 1) of those in `ops`.
@@ -101,6 +110,7 @@ impl Shim {
             Fault::Delay { ms, calls } => (3, 0, ms, at + calls - 1),
             Fault::Short => (4, 0, 0, 0),
             Fault::Interrupt => (5, 0, 0, 0),
+            Fault::Kill => (6, 0, 0, 0),
         };
         // Off while the numbers change.
         self.put(0, 0_u32.to_ne_bytes());
