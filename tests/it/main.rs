@@ -2,7 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on shall panic")]
 
 mod api;
+mod api_bad_input;
+mod api_instances;
 mod api_members;
+mod api_templates;
 mod cluster;
 mod fences;
 mod homes;
