@@ -1,6 +1,6 @@
 //! Proposals and read barriers from every member, duplicates, many proposers.
 
-use crate::support::{BOUND, Cluster, command, number, padded};
+use crate::support::{BOUND, Cluster, command, eventually, number, padded};
 use mainstay_raft::GroupError;
 use std::time::{Duration, Instant};
 
@@ -108,4 +108,44 @@ async fn sixty_four_proposers_on_all_members() {
     println!("{} writes by 64 proposers in {took:?}", 64 * each);
     cluster.converge().await;
     assert_eq!(cluster.get(2, "a").await, 64 * each);
+}
+
+/// The answers to what a leader sent before its members elected another one arrive while a read waits whose
+/// own questions do not: they say nothing about it (`raft/src/transport/pipeline.rs`; without it, this read
+/// is answered with what was before the last write).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_from_before_an_election_confirm_no_read() {
+    let cluster = Cluster::founded(3, |_| {}).await;
+    cluster.put(1, "a", 1).await;
+    cluster.converge().await;
+    let old = cluster.leader().await;
+    let others: Vec<u64> = cluster.ids().into_iter().filter(|id| *id != old).collect();
+    // It is heard by one of them, and hears nobody.
+    cluster.net.cut(others[0], old, true);
+    cluster.net.isolate(old, &others[1..], true);
+    let before = cluster.nodes[&others[0]].group().status().last_log;
+    let group = cluster.nodes[&old].group().clone();
+    let write = command(cluster.command_id(), "a", 1);
+    let writing = tokio::spawn({
+        let group = group.clone();
+        async move { group.propose(write, BOUND).await }
+    });
+    eventually("the write has arrived", || {
+        cluster.nodes[&others[0]].group().status().last_log > before
+    })
+    .await;
+    // From here on what it sends waits as well, among it what the read asks.
+    cluster.net.cut(old, others[0], true);
+    let reading = tokio::spawn(async move { group.read_barrier(BOUND).await });
+    let new = cluster.leader_among(&others).await;
+    cluster.put(new, "a", 10).await;
+    cluster.net.cut(others[0], old, false);
+    let early = tokio::time::timeout(Duration::from_millis(800), reading).await;
+    assert!(!matches!(early, Ok(Ok(Ok(_)))), "answered: {early:?}");
+    for other in others {
+        cluster.net.isolate(old, &[other], false);
+    }
+    writing.await.unwrap().unwrap();
+    assert_eq!(cluster.get(old, "a").await, 12);
+    cluster.converge().await;
 }
