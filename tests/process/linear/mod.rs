@@ -35,6 +35,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use table::Table;
 
+/// Members that clients know. One more comes and goes.
+const MEMBERS: usize = 3;
 /// Instances whose metadata clients write.
 const INSTANCES: usize = 3;
 /// Templates that clients take tags from, and tags of each.
@@ -170,7 +172,7 @@ async fn schedule(
 
 /// Three members whose words to each other pass the links.
 async fn start(bug: Option<&'static str>) -> (Cluster, Links) {
-    let mut cluster = Cluster::new(3);
+    let mut cluster = Cluster::new(MEMBERS);
     let bug = bug.map(|bug| ("MAINSTAY_SEEDED_BUG", bug.to_owned()));
     cluster.environment.extend(bug);
     let ports: Vec<String> = cluster.members.iter().map(|m| m.peer.clone()).collect();
@@ -183,6 +185,7 @@ async fn start(bug: Option<&'static str>) -> (Cluster, Links) {
     }
     cluster.wait_ready(&[0, 1, 2]).await;
     nemesis::name(&cluster, &links, &[0, 1, 2]).await;
+    cluster.joiner(&[0, 1, 2]);
     until("three voters", SETUP_MAX, || async {
         let members = cluster.call(0, "GET", "/api/v1/members", None).await.ok()?;
         let members = members.as_array()?;
@@ -195,7 +198,8 @@ async fn start(bug: Option<&'static str>) -> (Cluster, Links) {
 /// Everything that clients work on.
 async fn furnish(cluster: &Cluster) -> Field {
     let template = push_small_template(cluster, "load").await;
-    let apis = cluster.members.iter().map(|m| m.api.clone()).collect();
+    let members = cluster.members.iter().take(MEMBERS);
+    let apis = members.map(|m| m.api.clone()).collect();
     let mut field = Field::new(apis, template.clone());
     let body = json!({"vmid": template, "count": INSTANCES, "external_id": "written"});
     field.instances = until("instances to write to", SETUP_MAX, || async {

@@ -1,6 +1,7 @@
 //! Faults, one at a time: done to the members, kept until they have had their effect, undone. Waits
 //! for states, each within a bound. Knows what a fault must have caused; refuses to judge answers.
 
+use super::MEMBERS;
 use super::field::Field;
 use super::links::{Link, Links};
 use super::plan::{Fault, Kind};
@@ -51,9 +52,9 @@ pub(crate) struct Nemesis<'a> {
 }
 
 impl Nemesis<'_> {
-    /// All members.
+    /// All members that clients know.
     fn all(&self) -> Vec<usize> {
-        (0..self.cluster.members.len()).collect()
+        (0..MEMBERS).collect()
     }
 
     fn but(&self, n: usize) -> Vec<usize> {
@@ -135,6 +136,7 @@ impl Nemesis<'_> {
             Kind::Transfer => self.transfer(&fault, leader, term).await,
             Kind::Replace => self.replace(&fault, leader).await,
             Kind::Blink => self.blink(&fault).await,
+            Kind::Resize => self.resize(&fault).await,
             _ => self.cut(&fault, leader, term).await,
         }
         let after = self.leader(&self.all(), 0).await;
@@ -301,6 +303,38 @@ impl Nemesis<'_> {
         .await;
         self.progress(&self.but(victim), 30).await;
         self.start(&[victim]).await;
+    }
+}
+
+impl Nemesis<'_> {
+    /// Four vote, then three again; in between, writes need one more of them. The guest may have come to
+    /// lead: then it hands over first.
+    async fn resize(&mut self, fault: &Fault) {
+        let guest = MEMBERS;
+        let name = self.cluster.members[guest].name.clone();
+        self.cluster.start(guest);
+        self.cluster.wait_ready(&[guest]).await;
+        self::name(self.cluster, self.links, &[guest]).await;
+        let cluster = &*self.cluster;
+        let part = async || {
+            let list = cluster.call(0, "GET", "/api/v1/members", None).await.ok()?;
+            let row = list.as_array()?.iter().find(|m| m["name"] == name.as_str());
+            Some(row.map(|row| row["role"].clone()))
+        };
+        until("the guest votes", PATIENCE, || async {
+            (part().await??.as_str()? == "voter").then_some(())
+        })
+        .await;
+        self.progress(&self.all(), 30).await;
+        self.dwell(fault).await;
+        until("the guest is taken out", PATIENCE, || async {
+            let out = cluster.cli(&["member", "remove", &name]);
+            (out.status.success() && part().await?.is_none()).then_some(())
+        })
+        .await;
+        self.progress(&self.all(), 30).await;
+        self.cluster.kill(guest);
+        std::fs::remove_dir_all(&self.cluster.members[guest].data).unwrap();
     }
 }
 

@@ -1,5 +1,6 @@
 //! After the faults: everyone serves again, within a bound, and all members have the same state.
 
+use super::MEMBERS;
 use super::field::Field;
 use super::nemesis::{Nemesis, row};
 use crate::cluster::{Cluster, until};
@@ -22,7 +23,7 @@ const VIEWS: [&str; 4] = [
 pub(crate) async fn heal(nemesis: &mut Nemesis<'_>) -> Duration {
     let begin = Instant::now();
     nemesis.links.heal(true);
-    let all: Vec<usize> = (0..nemesis.cluster.members.len()).collect();
+    let all: Vec<usize> = (0..MEMBERS).collect();
     nemesis.cluster.wait_ready(&all).await;
     let cluster = &*nemesis.cluster;
     until("all are voters again", HEAL_MAX, || async {
@@ -44,7 +45,7 @@ pub(crate) async fn heal(nemesis: &mut Nemesis<'_>) -> Duration {
 pub(crate) async fn equal(cluster: &Cluster, field: &Field) {
     until("equal states at an equal index", HEAL_MAX, || async {
         let mut seen = Vec::new();
-        for n in 0..cluster.members.len() {
+        for n in 0..MEMBERS {
             let before = applied(cluster, n).await?;
             let views = views(field, cluster, n).await?;
             // Nothing was applied in between: the views belong to this index.
