@@ -321,13 +321,15 @@ fn a_claim_and_a_collection_at_once() {
     let disk = Arc::new(mainstay_storage::disk::RealDisk);
     let store = ChunkStore::open_with(dir.path(), hand.options(disk)).unwrap();
     let stop = AtomicBool::new(false);
-    let claims = AtomicU64::new(0);
+    let (claims, runs) = (AtomicU64::new(0), AtomicU64::new(0));
     let grace = GRACE.as_millis() as u64;
     let (mut removed, mut moved) = (0, 0);
     std::thread::scope(|scope| {
+        let mut workers = Vec::new();
         for t in 0..4_u64 {
-            let (store, hand, stop, claims) = (&store, &hand, &stop, &claims);
-            scope.spawn(move || {
+            let (store, hand, stop) = (&store, &hand, &stop);
+            let (claims, runs) = (&claims, &runs);
+            workers.push(scope.spawn(move || {
                 let mut random = Random(t * 31 + 5);
                 while !stop.load(Ordering::Relaxed) {
                     let kind = random.below(KINDS);
@@ -336,7 +338,15 @@ fn a_claim_and_a_collection_at_once() {
                     if !store.contains(&record.id) {
                         store.put(vec![record.clone()]).unwrap();
                     }
-                    claims.fetch_add(1, Ordering::Relaxed);
+                    let claim = claims.fetch_add(1, Ordering::Relaxed);
+                    // Half of them let a collection pass before they rely on it.
+                    let begun = runs.load(Ordering::Relaxed);
+                    while claim.is_multiple_of(2)
+                        && runs.load(Ordering::Relaxed) == begun
+                        && !stop.load(Ordering::Relaxed)
+                    {
+                        std::thread::yield_now();
+                    }
                     let got = store.get(&record.id).unwrap();
                     let late = hand.ms() - told >= grace;
                     assert!(
@@ -348,15 +358,21 @@ fn a_claim_and_a_collection_at_once() {
                         std::thread::yield_now();
                     }
                 }
-            });
+            }));
         }
-        while claims.load(Ordering::Relaxed) < 4000 {
+        let failed = || {
+            workers
+                .iter()
+                .any(std::thread::ScopedJoinHandle::is_finished)
+        };
+        while claims.load(Ordering::Relaxed) < 4000 && !failed() {
             hand.go_on(GRACE / 3);
             let mark = store.begin_mark();
             store.condemn(&mark);
             let swept = store.sweep(&mark, GRACE).unwrap();
             removed += swept.removed.chunks;
             moved += swept.moved.chunks;
+            runs.fetch_add(1, Ordering::Relaxed);
         }
         stop.store(true, Ordering::Relaxed);
     });
