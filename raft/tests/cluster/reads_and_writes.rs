@@ -111,8 +111,8 @@ async fn sixty_four_proposers_on_all_members() {
 }
 
 /// The answers to what a leader sent before its members elected another one arrive while a read waits whose
-/// own questions do not: they say nothing about it (`raft/src/transport/pipeline.rs`; without it, this read
-/// is answered with what was before the last write).
+/// own questions do not: they say nothing about it. It holds with and without the order that
+/// `raft/src/transport/pipeline.rs` keeps: that has its own tests, and no test of a whole group fails without it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_from_before_an_election_confirm_no_read() {
     let cluster = Cluster::founded(3, |_| {}).await;
