@@ -70,6 +70,17 @@ impl SledEngine {
         create_dir_durable(&*disk, dir)?;
         remove_half_snapshots(dir)?;
         let db = open_db(dir)?;
+        let kept = db.clone();
+        let opened = Self::look_over(dir, disk, db);
+        // Closing, it syncs again, and panics when that fails: the error would never be told.
+        if matches!(opened, Err(StorageError::Io { .. })) {
+            std::mem::forget(kept);
+        }
+        opened
+    }
+
+    /// Make sure that what was opened is what was durable, and durable now.
+    fn look_over(dir: &Path, disk: Arc<dyn Disk>, db: sled::Db) -> Result<Self> {
         let path = dir.join("db");
         let (durable, commits) = Durable::open(&*disk, dir)?;
         let engine = Self {
