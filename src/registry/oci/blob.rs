@@ -32,6 +32,8 @@ const PER_MINUTE_MIN: u64 = 1 << 20;
 const TURN_MAX: Duration = Duration::from_secs(30);
 /// Longest wait for the member that has an upload to begin its answer, behind the last byte.
 const OWNER_MAX: Duration = Duration::from_secs(300);
+/// The same, to begin to answer a request without a body.
+const ASKED_MAX: Duration = Duration::from_secs(30);
 /// On a request that another member has passed on: it goes no further.
 const PASSED_ON: HeaderName = HeaderName::from_static("x-mainstay-passed-on");
 const UPLOAD_UUID: HeaderName = HeaderName::from_static("docker-upload-uuid");
@@ -175,6 +177,13 @@ impl RegistryService {
         let absorbed = self
             .absorb(ingest, request.into_body(), expected, &taken)
             .await;
+        let absorbed = match closing && absorbed.is_ok() {
+            true => absorbed,
+            false => {
+                let paused = ingest.pause(self).await;
+                absorbed.and(paused)
+            }
+        };
         upload.touch();
         if ingest.broken() {
             *guard = None;
@@ -291,7 +300,14 @@ impl RegistryService {
                 "the member that has this upload does not answer: {why}"
             ))
         };
-        let answered = asked.send().await.map_err(|e| gone(&e))?;
+        // A body takes as long as its client; a question without one is answered at once.
+        let answered = match sends {
+            true => asked.send().await,
+            false => tokio::time::timeout(ASKED_MAX, asked.send())
+                .await
+                .map_err(|e| gone(&e))?,
+        };
+        let answered = answered.map_err(|e| gone(&e))?;
         let (status, headers) = (answered.status(), answered.headers().clone());
         let bytes = tokio::time::timeout(OWNER_MAX, answered.bytes()).await;
         let bytes = bytes.map_err(|e| gone(&e))?.map_err(|e| gone(&e))?;

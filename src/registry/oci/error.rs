@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 /// What went wrong, as far as the client is told.
 #[derive(Debug)]
-pub(super) struct OciError {
+pub(in crate::registry) struct OciError {
     status: StatusCode,
     code: &'static str,
     message: String,

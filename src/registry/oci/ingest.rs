@@ -2,7 +2,7 @@
 //! ones are on their way. What was stored is durable; what it is called is not decided here.
 //!
 //! May be dropped or left alone at any await: what was taken in stays counted, and the next call
-//! goes on behind it.
+//! goes on behind it; after [`Ingest::finish`] has begun it takes no more bytes, only another `finish`.
 
 use super::error::{OciError, bad_size, full, unavailable};
 use crate::registry::RegistryService;
@@ -23,7 +23,7 @@ const BATCH: usize = 4 << 20;
 const CHUNK: usize = CHUNK_LEN as usize;
 
 /// One blob on its way in.
-pub(super) struct Ingest {
+pub(in crate::registry) struct Ingest {
     /// Bytes taken in.
     len: u64,
     /// Those that are not being stored yet.
@@ -33,6 +33,8 @@ pub(super) struct Ingest {
     running: Option<JoinHandle<Result<Box<Work>, Failure>>>,
     /// Keeps what was stored: it has no name before the end.
     lease: Option<Lease>,
+    /// The last chunk, which may be short, was or is being stored.
+    closing: bool,
 }
 
 /// What all bytes so far come to.
@@ -69,6 +71,7 @@ impl Default for Ingest {
             work: Some(Box::default()),
             running: None,
             lease: None,
+            closing: false,
         }
     }
 }
@@ -85,11 +88,17 @@ impl Ingest {
     }
 
     /// Take in more.
-    pub(super) async fn append(
+    pub(in crate::registry) async fn append(
         &mut self,
         service: &Arc<RegistryService>,
         piece: &[u8],
     ) -> Result<(), OciError> {
+        if piece.is_empty() {
+            return Ok(());
+        }
+        if self.closing {
+            return Err(bad_size("this upload is being closed and takes no more"));
+        }
         let len = self.len + piece.len() as u64;
         if len > SIZE_MAX {
             return Err(bad_size(format!("a blob has at most {SIZE_MAX} bytes")));
@@ -104,11 +113,29 @@ impl Ingest {
         Ok(())
     }
 
+    /// The client pauses, maybe for good: keep less than a chunk in memory.
+    pub(in crate::registry) async fn pause(
+        &mut self,
+        service: &Arc<RegistryService>,
+    ) -> Result<(), OciError> {
+        let whole = self.tail.len() / CHUNK * CHUNK;
+        if whole > 0 {
+            self.settle().await?;
+            // In room of its own: the batch keeps the whole of what they share.
+            let rest = BytesMut::from(&self.tail[whole..]);
+            let mut batch = std::mem::replace(&mut self.tail, rest);
+            batch.truncate(whole);
+            self.start(service, batch.freeze(), false)?;
+        }
+        Ok(())
+    }
+
     /// No more comes: everything is durable, and this is what it is.
-    pub(super) async fn finish(
+    pub(in crate::registry) async fn finish(
         &mut self,
         service: &Arc<RegistryService>,
     ) -> Result<(Sha256, FileEntry), OciError> {
+        self.closing = true;
         self.settle().await?;
         let batch = self.tail.split().freeze();
         self.start(service, batch, true)?;

@@ -20,7 +20,7 @@
 mod blob;
 mod document;
 mod error;
-mod ingest;
+pub(super) mod ingest;
 mod list;
 mod locate;
 mod manifest;

@@ -1,6 +1,8 @@
 //! The OCI interface inside one process: what a client cannot see, and members that lie.
 
 use super::*;
+use crate::registry::oci::ingest::Ingest;
+use futures::FutureExt;
 use mainstay_model::feature;
 use serde_json::{Value, json};
 use sha2::Digest as _;
@@ -231,4 +233,24 @@ async fn a_slow_body_is_given_up_and_what_came_is_kept() {
     )
     .await;
     assert_eq!(slow.status(), 408);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_whose_close_was_cut_off_takes_no_more_and_can_be_closed() {
+    let cluster = Cluster::of_artifacts(1).await;
+    let member = cluster.serve(1, false).await;
+    let bytes = noise(7, 100 << 10);
+    let mut ingest = Ingest::default();
+    for piece in [&bytes[..70_000], &bytes[70_000..]] {
+        ingest.append(&member.service, piece).await.unwrap();
+        ingest.pause(&member.service).await.unwrap();
+    }
+    // Its client goes away while the short last chunk is stored.
+    let closed = ingest.finish(&member.service).now_or_never();
+    assert!(closed.is_none(), "closed without a wait");
+    let more = ingest.append(&member.service, b"more").await;
+    assert!(more.is_err(), "a short chunk would lie in the middle");
+    let (found, file) = ingest.finish(&member.service).await.unwrap();
+    assert_eq!(found.to_string(), digest(&bytes));
+    assert_eq!((file.size, file.segments.len()), (100 << 10, 1));
 }
