@@ -1,16 +1,23 @@
 """Side by side: start a Mainstay cluster and its yardstick on this machine, drive both in turn,
 print ratios. Standard library only. Everything started here is ended here, by process id."""
 
-import json, os, resource, shutil, signal, socket, statistics, subprocess, sys, tempfile, time, urllib.request
+import json, os, random, resource, shutil, signal, socket, statistics, subprocess, sys, tempfile, time, urllib.request
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BIN = os.environ.get("MAINSTAY_BIN", os.path.join(ROOT, "target", "release", "mainstay"))
 
 
 def port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One that is free, below those that the system gives to outgoing connections: a member that dials
+    another one while a third has not started yet must not take the third one's."""
+    while True:
+        found = random.randrange(12_000, 30_000)
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", found))
+                return found
+            except OSError:
+                continue
 
 
 class Lab:
@@ -85,7 +92,8 @@ class Mainstay:
                 return
             except OSError:
                 time.sleep(0.05)
-        sys.exit(f"{name} did not become ready; see its log in {self.lab.dir}")
+        said = open(os.path.join(self.lab.dir, name + ".log"), errors="replace").read()[-2000:]
+        sys.exit(f"{name} did not become ready:\n{said}")
 
     @property
     def endpoints(self):
