@@ -3,6 +3,7 @@
 //! One member with its log and state store on disk, level 0 and that many remembered commands (default:
 //! as many as are ever remembered); sixteen writers; in their midst the level is raised. Prints the
 //! longest time without an acknowledged write in the two seconds before, and in the four after.
+// A tool for the terminal: it prints what it measured, and ends at the first thing that fails.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use mainstay::app::App;
