@@ -98,7 +98,7 @@ mod tests {
             id: crate::stamp::command_id(),
             stamp_ms: 1,
             command: mainstay_model::Command::DeleteGroup {
-                id: mainstay_model::GroupId("g".to_owned()),
+                id: mainstay_model::GroupId::from("g"),
             },
         };
         let bytes = Bytes::from(codec::encode_envelope(&envelope));

@@ -17,12 +17,12 @@ pub fn command_id() -> CommandId {
 
 /// A fresh instance id.
 pub fn instance_id() -> InstanceId {
-    InstanceId(uuid::Uuid::new_v4().to_string())
+    InstanceId::from(uuid::Uuid::new_v4().to_string())
 }
 
 /// A fresh template id.
 pub fn template_id() -> TemplateId {
-    TemplateId(uuid::Uuid::new_v4().to_string())
+    TemplateId::from(uuid::Uuid::new_v4().to_string())
 }
 
 /// A fresh member id: random and nonzero.

@@ -1,14 +1,16 @@
 //! Typed ids. Each is made outside (by the proposer) and arrives in a command; the model never
-//! invents one.
+//! invents one. Text ids share their bytes: one instance's id stands in the state, in indexes and in what
+//! is remembered of its start.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::sync::Arc;
 
 macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-        pub struct $name(pub String);
+        pub struct $name(pub Arc<str>);
 
         impl $name {
             /// The id as text, as it stands on the wire.
@@ -23,12 +25,12 @@ macro_rules! text_id {
         }
         impl From<&str> for $name {
             fn from(s: &str) -> Self {
-                Self(s.to_owned())
+                Self(s.into())
             }
         }
         impl From<String> for $name {
             fn from(s: String) -> Self {
-                Self(s)
+                Self(s.into())
             }
         }
     };

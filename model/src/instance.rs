@@ -2,9 +2,9 @@
 
 use crate::ids::{GroupId, InstanceId, NodeId, TemplateId};
 use crate::limits;
+use crate::metadata::Metadata;
 use crate::node::Load;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 
 /// The reference system's states, spelt as on the wire.
 ///
@@ -125,13 +125,13 @@ pub struct StartRequest {
     /// 1..=10000, lower first.
     pub priority: u32,
     /// Startup script.
-    pub script: Option<Script>,
+    pub script: Option<Box<Script>>,
     /// Virtual CPUs; the node's default when absent.
     pub vcpu: Option<u32>,
     /// Memory in MB.
     pub vram_mb: Option<u32>,
     /// Caller's key-values.
-    pub metadata: BTreeMap<String, Value>,
+    pub metadata: Metadata,
     /// Replaces the template's rules when present.
     pub port_forwarding: Option<Vec<PortRule>>,
 }
@@ -163,9 +163,9 @@ pub struct Instance {
     /// End (Terminated, or Terminating without a VM) since, for retention.
     pub ended_ms: Option<u64>,
     /// What its driver last said about the VM; kept after the end.
-    pub vm: Option<VmInfo>,
+    pub vm: Option<Box<VmInfo>>,
     /// Result of a monitored script.
-    pub script_result: Option<ScriptResult>,
+    pub script_result: Option<Box<ScriptResult>>,
     /// Architecture of its tag, fixed when accepted: `amd64`, `arm64` or empty.
     pub arch: String,
     /// In `Error`: the node said that nothing of the VM is left. Then it takes no room and a

@@ -10,7 +10,7 @@ use crate::template::{Tag, Template};
 /// Check one state by itself.
 pub fn check(state: &State) -> Result<(), String> {
     state.check_index()?;
-    for (id, instance) in &state.instances {
+    for (id, instance) in state.instances.iter() {
         ensure(id == &instance.id, || format!("instance {id}: other id"))?;
         check_instance(state, instance).map_err(|e| format!("instance {id}: {e}"))?;
     }
@@ -61,7 +61,7 @@ pub fn check_step(before: &State, after: &State) -> Result<(), String> {
             format!("node {}: desired generation went back", node.id)
         })?;
     }
-    for (id, old) in &before.instances {
+    for (id, old) in before.instances.iter() {
         match after.instances.get(id) {
             Some(new) => check_instance_step(old, new),
             None => ensure(old.ended_ms.is_some(), || "forgotten before its end".into()),

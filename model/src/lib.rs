@@ -18,6 +18,7 @@ pub mod instance;
 pub mod invariants;
 pub mod limits;
 pub mod member;
+pub mod metadata;
 pub mod node;
 pub mod outcome;
 pub mod plan;

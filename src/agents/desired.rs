@@ -17,7 +17,7 @@ pub(super) fn desired_set(state: &State, id: &NodeId) -> Option<wire::DesiredSet
     let instances = state.on_node(id).map(|i| desired(state, node, i));
     // Ended while the node was away; the agent destroys only what it is told to.
     let left = state.left_on(id).map(|(id, left)| wire::DesiredInstance {
-        id: id.0.clone(),
+        id: id.to_string(),
         generation: left.generation,
         run: false,
         ..wire::DesiredInstance::default()
@@ -32,7 +32,7 @@ pub(super) fn desired_set(state: &State, id: &NodeId) -> Option<wire::DesiredSet
 fn desired(state: &State, node: &Node, instance: &Instance) -> wire::DesiredInstance {
     let request = &instance.request;
     let mut wish = wire::DesiredInstance {
-        id: instance.id.0.clone(),
+        id: instance.id.to_string(),
         generation: instance.generation,
         run: instance.wanted() != Wanted::Gone,
         keep: instance.wanted() == Wanted::Keep,
@@ -45,7 +45,7 @@ fn desired(state: &State, node: &Node, instance: &Instance) -> wire::DesiredInst
     let tag = template.and_then(|t| t.tags.get(&instance.tag_number));
     let template_name = template.map_or("", |t| t.name.as_str());
     wish.image = wire::ImageRef {
-        template_id: request.template.0.clone(),
+        template_id: request.template.to_string(),
         template: template_name.to_owned(),
         tag: instance.tag.clone(),
         number: instance.tag_number,
@@ -54,7 +54,7 @@ fn desired(state: &State, node: &Node, instance: &Instance) -> wire::DesiredInst
     wish.name = vm_name(node, instance, template_name);
     wish.vcpu = request.vcpu.unwrap_or(0);
     wish.ram_mb = request.vram_mb.unwrap_or(0);
-    wish.script = request.script.as_ref().map(script);
+    wish.script = request.script.as_deref().map(script);
     wish.forwards = match (&request.port_forwarding, tag) {
         (Some(own), _) => translate::rules(own),
         (None, Some(tag)) => translate::rules(&tag.content.forwards),

@@ -86,7 +86,7 @@ pub(super) async fn answer(
 async fn learn(app: &App, liveness: &Liveness, told: &Gossip) -> Result<(), AppError> {
     let state = app.read(Consistency::Stale).await?;
     for heard in &told.heard {
-        if state.nodes.contains_key(&NodeId(heard.node.clone())) {
+        if state.nodes.contains_key(&NodeId::from(heard.node.clone())) {
             liveness.learn(heard);
         }
     }

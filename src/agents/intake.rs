@@ -71,7 +71,7 @@ async fn work(app: App, busy: Busy, mut report: Report) {
 
 /// What must be said to the log so that the state agrees with the report.
 pub(super) fn commands(state: &State, report: &Report) -> Vec<Command> {
-    let id = NodeId(report.node_id.clone());
+    let id = NodeId::from(report.node_id.clone());
     let Some(node) = state.nodes.get(&id) else {
         return Vec::new();
     };
@@ -122,7 +122,7 @@ fn split(changes: Vec<Observation>) -> Vec<Vec<Observation>> {
 
 fn images(images: &[ImageRef]) -> BTreeSet<(TemplateId, u32)> {
     let all = images.iter().filter(|i| !i.template_id.is_empty());
-    all.map(|i| (TemplateId(i.template_id.clone()), i.number))
+    all.map(|i| (TemplateId::from(i.template_id.clone()), i.number))
         .take(NODE_IMAGES)
         .collect()
 }
@@ -134,7 +134,7 @@ fn tells_news(instance: &Instance, seen: &Observation) -> bool {
     if instance.generation != seen.generation || instance.ended_ms.is_some() {
         return false;
     }
-    let facts = seen.vm.is_some() && seen.vm != instance.vm;
+    let facts = seen.vm.is_some() && seen.vm.as_ref() != instance.vm.as_deref();
     let script = seen.script.is_some() && instance.script_result.is_none();
     let step = match (instance.state, &seen.phase) {
         (S::Terminated, _) => return false,

@@ -145,7 +145,7 @@ impl Liveness {
         let Some(at) = now.checked_sub(Duration::from_millis(told.age_ms)) else {
             return;
         };
-        let node = NodeId(told.node.clone());
+        let node = NodeId::from(told.node.clone());
         let mut inner = self.inner.lock();
         if inner.nodes.get(&node).is_some_and(|e| e.covers(told, at)) {
             return;
@@ -187,7 +187,7 @@ impl Entry {
 
     fn tell(&self, node: &NodeId) -> Heard {
         Heard {
-            node: node.0.clone(),
+            node: node.to_string(),
             home: self.home,
             beat: self.beat,
             age_ms: u64::try_from(self.at.elapsed().as_millis()).unwrap_or(u64::MAX),
@@ -195,7 +195,7 @@ impl Entry {
             progress: self
                 .progress
                 .iter()
-                .map(|(id, part)| (id.0.clone(), *part))
+                .map(|(id, part)| (id.to_string(), *part))
                 .collect(),
         }
     }
@@ -226,13 +226,13 @@ impl Inner {
     }
 
     fn replace(&mut self, at: Instant, heard: &Heard) {
-        let node = NodeId(heard.node.clone());
+        let node = NodeId::from(heard.node.clone());
         self.remove(&node);
         self.seq += 1;
         let progress: BTreeMap<InstanceId, f32> = heard
             .progress
             .iter()
-            .map(|(id, part)| (InstanceId(id.clone()), part.clamp(0.0, 1.0)))
+            .map(|(id, part)| (InstanceId::from(id.clone()), part.clamp(0.0, 1.0)))
             .collect();
         self.progress
             .extend(progress.iter().map(|(id, part)| (id.clone(), *part)));

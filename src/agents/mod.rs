@@ -181,7 +181,7 @@ async fn register(
 ) -> Result<Json<RegisterResponse>, Refused> {
     let call: RegisterRequest = parse(&body)?;
     let inner = &state.inner;
-    let id = NodeId(call.node_id.clone());
+    let id = NodeId::from(call.node_id.clone());
     let spec = translate::spec(&call);
     let same = {
         let now = inner.app.read(Consistency::Linearizable).await?;
@@ -223,7 +223,7 @@ async fn desired_stream(
     State(state): State<AgentsState>,
     Query(call): Query<OfNode>,
 ) -> Result<Response, Refused> {
-    let id = NodeId(call.node_id);
+    let id = NodeId::from(call.node_id);
     let inner = &state.inner;
     if !inner
         .app
@@ -255,7 +255,7 @@ async fn report(
         let why = "this member does not reach a majority of the members".to_owned();
         return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, why));
     }
-    let id = NodeId(call.node_id.clone());
+    let id = NodeId::from(call.node_id.clone());
     let known = inner
         .app
         .read(Consistency::Stale)

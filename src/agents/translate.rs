@@ -16,7 +16,7 @@ pub(super) fn spec(call: &wire::RegisterRequest) -> NodeSpec {
         ram_mb: call.ram_mb,
         disk_bytes: call.disk_bytes,
         capacity: call.capacity,
-        groups: call.groups.iter().cloned().map(GroupId).collect(),
+        groups: call.groups.iter().cloned().map(GroupId::from).collect(),
         agent_version: call.agent_version.clone(),
         driver: call.driver.clone(),
     }
@@ -47,7 +47,7 @@ pub(super) fn observation(seen: &wire::Observed) -> Option<Observation> {
     // A driver that cannot say what a VM was gives blank facts: they say nothing.
     let facts = seen.vm.as_ref().filter(|f| !f.uuid.is_empty());
     Some(Observation {
-        id: InstanceId(seen.id.clone()),
+        id: InstanceId::from(seen.id.clone()),
         generation: seen.generation,
         phase,
         vm: facts.map(vm),

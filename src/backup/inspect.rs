@@ -190,7 +190,7 @@ mod tests {
                 stamp_ms: 5,
                 command: Command::PutGroup {
                     group: Group {
-                        id: GroupId(format!("g{n}")),
+                        id: GroupId::from(format!("g{n}")),
                         name: format!("group {n}"),
                         description: "d".repeat(50),
                         fallback: None,

@@ -201,7 +201,7 @@ impl Call {
     pub fn instance_id(&self, n: u64) -> InstanceId {
         self.derived(&format!("instance {n}"))
             .map_or_else(stamp::instance_id, |id| {
-                InstanceId(uuid::Builder::from_random_bytes(id).into_uuid().to_string())
+                InstanceId::from(uuid::Builder::from_random_bytes(id).into_uuid().to_string())
             })
     }
 

@@ -8,9 +8,8 @@
 use super::View;
 use super::time::{MaybeRfc3339, Rfc3339};
 use mainstay_model::instance::{Instance, InstanceState, PortRule, ScriptResult, Value, VmInfo};
-use mainstay_model::plan;
+use mainstay_model::{metadata, plan};
 use serde::{Serialize, Serializer};
-use std::collections::BTreeMap;
 
 /// The port whose forwarding makes a `vnc_connection_string`.
 const VNC_GUEST_PORT: u16 = 5900;
@@ -162,7 +161,7 @@ pub(super) fn known_arch(text: &str) -> Option<&'static str> {
     }
 }
 
-struct Metadata<'a>(&'a BTreeMap<String, Value>);
+struct Metadata<'a>(&'a metadata::Metadata);
 
 impl Serialize for Metadata<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -305,7 +304,7 @@ fn script_view(instance: &Instance) -> Option<ScriptView<'_>> {
         did_timeout,
         stdout,
         stderr,
-    } = instance.script_result.as_ref()?;
+    } = instance.script_result.as_deref()?;
     let errors = if *did_timeout {
         vec!["the script did not end in time"]
     } else {

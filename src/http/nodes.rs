@@ -26,7 +26,10 @@ fn usage(view: View<'_>, node: &NodeId) -> Usage {
         vram_mb: sum.vram_mb + left.load.ram_mb,
     });
     view.state.on_node(node).fold(left, |sum, instance| {
-        let (vm, wants) = (instance.vm.clone().unwrap_or_default(), instance.demand());
+        let (vm, wants) = (
+            instance.vm.as_deref().cloned().unwrap_or_default(),
+            instance.demand(),
+        );
         let given = |seen: u32, wanted: u64| if seen > 0 { u64::from(seen) } else { wanted };
         Usage {
             vms: sum.vms + 1,

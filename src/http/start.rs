@@ -59,10 +59,10 @@ fn request(call: &Call) -> Result<StartRequest, ApiError> {
         group: call.text("group_id")?.map(Into::into),
         priority: small(call, "priority", 1..=u64::from(limits::PRIORITY_MAX))?
             .unwrap_or(PRIORITY_DEFAULT),
-        script: script(call)?,
+        script: script(call)?.map(Box::new),
         vcpu: small(call, "vcpu", 0..=VCPU_MAX)?.filter(|&n| n > 0),
         vram_mb: small(call, "vram", 0..=VRAM_MB_MAX)?.filter(|&n| n > 0),
-        metadata: metadata(call)?,
+        metadata: metadata(call)?.into(),
         port_forwarding: ports(call)?,
     })
 }

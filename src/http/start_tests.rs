@@ -61,13 +61,13 @@ async fn everything_that_clients_send() {
         node: None,
         group: None,
         priority: 1,
-        script: Some(Script {
+        script: Some(Box::new(Script {
             body: b"echo hi\n".to_vec(),
             monitored: true,
             timeout_s: 300,
             at_boot: true,
             on_failure: ScriptFailure::Keep,
-        }),
+        })),
         vcpu: Some(4),
         vram_mb: Some(8192),
         metadata: [
@@ -75,7 +75,8 @@ async fn everything_that_clients_send() {
             ("n".into(), Value::Int(-3)),
             ("ok".into(), Value::Bool(true)),
         ]
-        .into(),
+        .into_iter()
+        .collect(),
         port_forwarding: Some(vec![rule("ssh", 22, 0), rule("web", 80, 8080)]),
     };
     assert_eq!((count, request), (2, expected));

@@ -263,12 +263,13 @@ fn a_started_instance_has_a_vm_with_ports_and_a_script_result() {
         .with_instance("i1", |r| {
             r.name = Some("job".into());
             r.external_id = Some("http://ci".into());
-            r.script = Some(script);
+            r.script = Some(Box::new(script));
             r.metadata = [
                 ("a".into(), Value::Int(-1)),
                 ("b".into(), Value::Bool(true)),
             ]
-            .into();
+            .into_iter()
+            .collect();
         })
         .bound("i1")
         .seen(
@@ -515,7 +516,7 @@ fn a_long_list_is_built_fast() {
     let mut cloud = Cloud::default().with_template("v1", "", 1).with_node();
     for batch in 0..10 {
         let ids = (0..1000)
-            .map(|n| InstanceId(format!("i{batch}-{n}")))
+            .map(|n| InstanceId::from(format!("i{batch}-{n}")))
             .collect();
         let first = cloud
             .state

@@ -3,7 +3,6 @@
 use crate::instance::{PortRule, StartRequest, Value};
 use crate::limits;
 use crate::outcome::Refusal;
-use std::collections::BTreeMap;
 
 type Checked = Result<(), Refusal>;
 
@@ -96,8 +95,7 @@ pub(super) fn start(instances: usize, request: &StartRequest) -> Checked {
     caller_marks(request.name.as_ref(), request.external_id.as_ref())?;
     let name_template = request.name_template.as_ref();
     optional("name template", name_template, limits::NAME_BYTES)?;
-    let metadata_map: &BTreeMap<_, _> = &request.metadata;
-    metadata(metadata_map.iter())?;
+    metadata(request.metadata.iter())?;
     port_rules(request.port_forwarding.as_deref().unwrap_or_default())?;
     let script = request.script.as_ref().map_or(0, |s| s.body.len());
     count("bytes of startup script", script, limits::SCRIPT_BYTES)?;

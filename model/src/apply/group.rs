@@ -91,5 +91,5 @@ pub(super) fn change_nodes(
 }
 
 fn unknown(id: &GroupId) -> Refusal {
-    Refusal::GroupUnknown(GroupId(clip(id.as_str(), limits::NAME_BYTES)))
+    Refusal::GroupUnknown(GroupId::from(clip(id.as_str(), limits::NAME_BYTES)))
 }

@@ -69,7 +69,7 @@ fn check_target(state: &State, request: &StartRequest) -> Result<(), Refusal> {
     if let Some(node) = &request.node
         && !state.nodes.contains_key(node)
     {
-        let node = NodeId(clip(node.as_str(), limits::NAME_BYTES));
+        let node = NodeId::from(clip(node.as_str(), limits::NAME_BYTES));
         return Err(Refusal::NodeUnknown(node));
     }
     if let Some(group) = &request.group
@@ -217,5 +217,5 @@ pub(super) fn expire(state: &mut State, ids: &[InstanceId], retention_ms: u64) -
 }
 
 fn unknown(id: &InstanceId) -> Refusal {
-    Refusal::InstanceUnknown(InstanceId(clip(id.as_str(), limits::NAME_BYTES)))
+    Refusal::InstanceUnknown(InstanceId::from(clip(id.as_str(), limits::NAME_BYTES)))
 }

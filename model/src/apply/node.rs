@@ -154,6 +154,6 @@ pub(super) fn set_images(state: &mut State, id: &NodeId, images: &[(TemplateId, 
 }
 
 pub(super) fn known<'a>(state: &'a State, id: &NodeId) -> Result<&'a Node, Refusal> {
-    let unknown = || Refusal::NodeUnknown(NodeId(clip(id.as_str(), limits::NAME_BYTES)));
+    let unknown = || Refusal::NodeUnknown(NodeId::from(clip(id.as_str(), limits::NAME_BYTES)));
     state.nodes.get(id).ok_or_else(unknown)
 }

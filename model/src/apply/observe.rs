@@ -20,7 +20,7 @@ use crate::state::State;
 pub(super) fn observe(state: &mut State, node: &NodeId, changes: &[Observation]) -> Applied {
     check::count("observations", changes.len(), limits::BATCH)?;
     if !state.nodes.contains_key(node) {
-        return Err(Refusal::NodeUnknown(NodeId(clip(
+        return Err(Refusal::NodeUnknown(NodeId::from(clip(
             node.as_str(),
             limits::NAME_BYTES,
         ))));
@@ -160,14 +160,14 @@ fn record_facts(state: &mut State, seen: &Observation) {
         .script
         .as_ref()
         .map(clip_script)
-        .filter(|s| instance.script_result.as_ref() != Some(s));
+        .filter(|s| instance.script_result.as_deref() != Some(s));
     // A driver that can no longer say what the VM was: what was known of it stays.
     let facts = seen.vm.as_ref().filter(|vm| !vm.uuid.is_empty());
     let new_vm = facts
         .map(clip_vm)
-        .filter(|vm| instance.vm.as_ref() != Some(vm));
+        .filter(|vm| instance.vm.as_deref() != Some(vm));
     if let Some(vm) = new_vm {
-        state.edit_instance(&seen.id, |i| i.vm = Some(vm));
+        state.edit_instance(&seen.id, |i| i.vm = Some(Box::new(vm)));
     }
     if new_script.is_some() {
         state.set_script_result(&seen.id, new_script);

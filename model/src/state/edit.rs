@@ -3,6 +3,7 @@
 
 use super::State;
 use super::index::Place;
+use super::instances::share_template_id;
 use super::key::Key;
 use crate::artifact::{Artifact, RepositoryTag};
 use crate::feature::{RECENT_BLOCKS, RECENT_GRADUALLY};
@@ -14,7 +15,8 @@ use crate::node::{Left, Node};
 use crate::template::{Tag, Template};
 
 impl State {
-    pub(crate) fn insert_instance(&mut self, instance: Instance) {
+    pub(crate) fn insert_instance(&mut self, mut instance: Instance) {
+        share_template_id(&self.templates, &mut instance);
         if instance.request.script.is_some() {
             self.dirty.insert(Key::Script(instance.id.clone()));
         }
@@ -40,7 +42,7 @@ impl State {
     }
 
     pub(crate) fn set_script_result(&mut self, id: &InstanceId, result: Option<ScriptResult>) {
-        self.edit_instance(id, |i| i.script_result = result);
+        self.edit_instance(id, |i| i.script_result = result.map(Box::new));
         self.dirty.insert(Key::Output(id.clone()));
     }
 

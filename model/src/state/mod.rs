@@ -3,6 +3,7 @@
 
 mod edit;
 pub(crate) mod index;
+mod instances;
 mod key;
 mod lines;
 mod recent;
@@ -21,6 +22,7 @@ use crate::node::{Left, Load, Node};
 use crate::outcome::Outcome;
 use crate::template::Template;
 use index::{Index, Occupants};
+pub use instances::Instances;
 use key::Key;
 use lines::Lines;
 use recent::{Place, Recent};
@@ -39,7 +41,7 @@ pub struct State {
     /// Level of the commands in use, see [`crate::feature`].
     pub features: u32,
     /// Instances by id.
-    pub instances: BTreeMap<InstanceId, Instance>,
+    pub instances: Instances,
     /// Nodes by id.
     pub nodes: BTreeMap<NodeId, Node>,
     /// What may be left on nodes of instances that have ended.

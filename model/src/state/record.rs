@@ -3,9 +3,9 @@
 
 use crate::ids::{CommandId, GroupId, InstanceId, NodeId, TemplateId};
 use crate::instance::{
-    Instance, InstanceState, PortRule, Rejection, Script, ScriptFailure, StartRequest, Value,
-    VmInfo,
+    Instance, InstanceState, PortRule, Rejection, Script, ScriptFailure, StartRequest, VmInfo,
 };
+use crate::metadata::Metadata;
 use crate::outcome::Outcome;
 use crate::template::Template;
 use serde::{Deserialize, Serialize};
@@ -116,7 +116,7 @@ pub(super) struct InstanceRecord<'a> {
     script: Option<ScriptHead>,
     vcpu: Option<u32>,
     vram_mb: Option<u32>,
-    metadata: Cow<'a, BTreeMap<String, Value>>,
+    metadata: Cow<'a, Metadata>,
     port_forwarding: Cow<'a, Option<Vec<PortRule>>>,
     tag: Cow<'a, str>,
     tag_number: u32,
@@ -127,7 +127,7 @@ pub(super) struct InstanceRecord<'a> {
     created_ms: u64,
     updated_ms: u64,
     ended_ms: Option<u64>,
-    vm: Cow<'a, Option<VmInfo>>,
+    vm: Cow<'a, Option<Box<VmInfo>>>,
     arch: Cow<'a, str>,
     vm_gone: bool,
     rejections: Cow<'a, [Rejection]>,
@@ -186,12 +186,14 @@ impl<'a> InstanceRecord<'a> {
                 node: self.pinned_node.into_owned(),
                 group: self.group.into_owned(),
                 priority: self.priority,
-                script: self.script.map(|s| Script {
-                    body: Vec::new(),
-                    monitored: s.monitored,
-                    timeout_s: s.timeout_s,
-                    at_boot: s.at_boot,
-                    on_failure: s.on_failure,
+                script: self.script.map(|s| {
+                    Box::new(Script {
+                        body: Vec::new(),
+                        monitored: s.monitored,
+                        timeout_s: s.timeout_s,
+                        at_boot: s.at_boot,
+                        on_failure: s.on_failure,
+                    })
                 }),
                 vcpu: self.vcpu,
                 vram_mb: self.vram_mb,

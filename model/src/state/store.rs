@@ -2,6 +2,7 @@
 //! Knows nothing of where they are written.
 
 use super::index::Index;
+use super::instances::share_template_id;
 use super::key::Key;
 use super::recent::{Place, Recent};
 use super::record::{
@@ -217,7 +218,7 @@ impl State {
         let orphan = |what: &str, id: &str| CodecError(format!("{what} of unknown owner {id}"));
         for (id, result) in rest.outputs {
             match self.instances.get_mut(&id) {
-                Some(i) => i.script_result = Some(result),
+                Some(i) => i.script_result = Some(Box::new(result)),
                 None => return Err(orphan("script output", id.as_str())),
             }
         }
@@ -252,6 +253,9 @@ impl State {
                 Some(r) => r.tags.insert(tag, names),
                 None => return Err(orphan("tag", &name)),
             };
+        }
+        for instance in self.instances.values_mut() {
+            share_template_id(&self.templates, instance);
         }
         let blocks = self.features >= RECENT_BLOCKS;
         self.recent = Recent::rebuild(rest.recent, blocks).map_err(CodecError)?;

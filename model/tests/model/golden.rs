@@ -11,6 +11,7 @@ use mainstay_model::instance::{
     Observation, ObservedPhase, PortRule, Script, ScriptFailure, ScriptResult, StartRequest, Value,
     VmInfo,
 };
+use mainstay_model::metadata::Metadata;
 use mainstay_model::node::{CapacityMode, NodeConfig};
 use mainstay_model::{CommandId, Envelope, MemberId, Outcome, Refusal, State};
 use std::collections::{BTreeMap, BTreeSet};
@@ -243,16 +244,16 @@ fn full_request() -> StartRequest {
         node: Some("n1".into()),
         group: Some("g1".into()),
         priority: 10_000,
-        script: Some(Script {
+        script: Some(Box::new(Script {
             body: b"exit 0\n".to_vec(),
             monitored: true,
             timeout_s: 90,
             at_boot: true,
             on_failure: ScriptFailure::Delete,
-        }),
+        })),
         vcpu: Some(4),
         vram_mb: Some(8_192),
-        metadata: BTreeMap::from([
+        metadata: Metadata::from_iter([
             ("int".into(), Value::Int(-5)),
             ("text".into(), Value::Text("é".into())),
             ("truth".into(), Value::Bool(true)),

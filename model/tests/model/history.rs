@@ -187,10 +187,12 @@ fn start(r: &mut Random) -> Command {
     request.node = r.one_in(6).then(|| node(r));
     request.group = r.one_in(6).then(|| format!("g{}", r.below(3)).into());
     request.vcpu = r.one_in(3).then(|| r.below(5) as u32);
-    request.script = r.one_in(3).then(|| Script {
-        body: vec![7; r.below(5_000) as usize],
-        monitored: true,
-        ..Script::default()
+    request.script = r.one_in(3).then(|| {
+        Box::new(Script {
+            body: vec![7; r.below(5_000) as usize],
+            monitored: true,
+            ..Script::default()
+        })
     });
     Command::StartInstances {
         ids: (0..1 + r.below(3)).map(|_| instance(r)).collect(),

@@ -4,8 +4,8 @@ use mainstay_model::artifact::{ArtifactContent, Blob};
 use mainstay_model::command::TagContent;
 use mainstay_model::ids::{Digest, Sha256};
 use mainstay_model::instance::{PortRule, StartRequest};
+use mainstay_model::metadata::Metadata;
 use mainstay_model::node::NodeSpec;
-use std::collections::BTreeMap;
 
 pub fn request(template: &str) -> StartRequest {
     StartRequest {
@@ -21,7 +21,7 @@ pub fn request(template: &str) -> StartRequest {
         script: None,
         vcpu: None,
         vram_mb: None,
-        metadata: BTreeMap::new(),
+        metadata: Metadata::default(),
         port_forwarding: None,
     }
 }

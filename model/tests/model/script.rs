@@ -183,7 +183,7 @@ impl Runner {
                 let request = &self.state.instances[&id].request;
                 let (name, mark) = (&request.name, &request.external_id);
                 writeln!(out, "name={name:?} external_id={mark:?}").unwrap();
-                for (key, value) in &request.metadata {
+                for (key, value) in request.metadata.iter() {
                     writeln!(out, "{key} = {value:?}").unwrap();
                 }
             }
@@ -411,7 +411,8 @@ fn instance_command(verb: &str, args: &Words<'_>) -> Command {
                     body: body.into_bytes(),
                     monitored: true,
                     ..Default::default()
-                });
+                })
+                .map(Box::new);
             let ids = match args.number("count") {
                 Some(count) => (0..count).map(|n: u32| format!("i{n:04}").into()).collect(),
                 None => ids,

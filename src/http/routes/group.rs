@@ -12,7 +12,7 @@ use mainstay_model::group::Group;
 use mainstay_model::{GroupId, NodeId};
 
 pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let id = call.text("id")?.map(GroupId);
+    let id = call.text("id")?.map(GroupId::from);
     let reading = api.read(&call).await?;
     let groups = &reading.view().state.groups;
     let response = match id {
@@ -28,7 +28,7 @@ pub(super) async fn create(State(api): State<ApiState>, call: Call) -> Result<Re
         id: GroupId(call.instance_id(0).0),
         name: call.required("name")?,
         description: call.text("description")?.unwrap_or_default(),
-        fallback: call.text("fallback_group_id")?.map(GroupId),
+        fallback: call.text("fallback_group_id")?.map(GroupId::from),
     };
     let response = envelope::ok(&GroupView::new(&group));
     api.app
@@ -39,7 +39,7 @@ pub(super) async fn create(State(api): State<ApiState>, call: Call) -> Result<Re
 
 /// What is not given stays as it is; an explicitly empty description or fallback ends it.
 pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let id = GroupId(call.required("id")?);
+    let id = GroupId::from(call.required("id")?);
     let name = call.text("name")?;
     let described = call.text("description")?.unwrap_or_default();
     let description = call.get("description").map(|_| described);
@@ -48,7 +48,7 @@ pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Re
         call.text("fallback_group_id")?,
     ) {
         (None, _) => None,
-        (Some(_), given) => Some(given.map(GroupId)),
+        (Some(_), given) => Some(given.map(GroupId::from)),
     };
     let old = {
         let state = api.app.read(Consistency::Linearizable).await?;
@@ -71,7 +71,7 @@ pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Re
 }
 
 pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let id = GroupId(call.required("id")?);
+    let id = GroupId::from(call.required("id")?);
     api.app
         .submit_as(call.command_id(), Command::DeleteGroup { id })
         .await?;
@@ -87,8 +87,14 @@ pub(super) async fn leave(State(api): State<ApiState>, call: Call) -> Result<Res
 }
 
 async fn change(api: &ApiState, call: &Call, member: bool) -> Result<Response, ApiError> {
-    let nodes = ids(call, "node_ids")?.into_iter().map(NodeId).collect();
-    let groups = ids(call, "group_ids")?.into_iter().map(GroupId).collect();
+    let nodes = ids(call, "node_ids")?
+        .into_iter()
+        .map(NodeId::from)
+        .collect();
+    let groups = ids(call, "group_ids")?
+        .into_iter()
+        .map(GroupId::from)
+        .collect();
     let command = Command::ChangeNodeGroups {
         nodes,
         groups,

@@ -11,7 +11,7 @@ use mainstay_model::command::Command;
 use mainstay_model::{InstanceId, Outcome, Refusal};
 
 pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let id = call.text("id")?.map(InstanceId);
+    let id = call.text("id")?.map(InstanceId::from);
     let reading = api.read(&call).await?;
     let view = reading.view();
     let response = match id {
@@ -47,7 +47,7 @@ async fn started(api: &ApiState, ids: &[InstanceId]) -> Result<bool, ApiError> {
 
 pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let command = Command::UpdateInstance {
-        id: InstanceId(call.required("id")?),
+        id: InstanceId::from(call.required("id")?),
         name: call.text("name")?,
         external_id: call.text("external_id")?,
         metadata: start::metadata(&call)?,
@@ -61,7 +61,7 @@ pub(super) async fn terminate(
     call: Call,
 ) -> Result<Response, ApiError> {
     let command = Command::TerminateInstance {
-        id: InstanceId(call.required("id")?),
+        id: InstanceId::from(call.required("id")?),
     };
     api.app.submit_as(call.command_id(), command).await?;
     Ok(envelope::done())

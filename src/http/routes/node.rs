@@ -14,7 +14,7 @@ use mainstay_model::node::{CapacityMode, NodeConfig};
 const OVERRIDE_MAX: u64 = 1 << 20;
 
 pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let id = call.text("id")?.map(NodeId);
+    let id = call.text("id")?.map(NodeId::from);
     let reading = api.read(&call).await?;
     let view = reading.view();
     let response = match id {
@@ -32,7 +32,7 @@ pub(super) async fn configure(
     call: Call,
 ) -> Result<Response, ApiError> {
     let command = Command::ConfigureNode {
-        id: NodeId(call.required("node_id")?),
+        id: NodeId::from(call.required("node_id")?),
         config: config(&call)?,
     };
     api.app.submit_as(call.command_id(), command).await?;
@@ -73,7 +73,9 @@ pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Re
             .text("id")?
             .ok_or_else(|| ApiError::bad("node_id is required"))?,
     };
-    let command = Command::RemoveNode { id: NodeId(id) };
+    let command = Command::RemoveNode {
+        id: NodeId::from(id),
+    };
     api.app.submit_as(call.command_id(), command).await?;
     Ok(envelope::done())
 }

@@ -11,7 +11,7 @@ use mainstay_model::command::{Command, TagSelector};
 use serde::Serialize;
 
 pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let id = call.text("id")?.map(TemplateId);
+    let id = call.text("id")?.map(TemplateId::from);
     let short = call.text("apiVer")?.as_deref() == Some("v1");
     let reading = api.read(&call).await?;
     let state = reading.view().state;
@@ -24,14 +24,14 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
 
 pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let command = Command::DeleteTemplate {
-        id: TemplateId(call.required("id")?),
+        id: TemplateId::from(call.required("id")?),
     };
     api.app.submit_as(call.command_id(), command).await?;
     Ok(envelope::done())
 }
 
 pub(super) async fn revert(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let id = TemplateId(call.required("id")?);
+    let id = TemplateId::from(call.required("id")?);
     let selector = selector(&call)?;
     api.app
         .submit_as(call.command_id(), Command::RevertTemplate { id, selector })

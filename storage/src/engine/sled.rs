@@ -28,7 +28,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// Pages kept in memory. The whole state is in memory above us; this is for writing.
-const CACHE_BYTES: u64 = 64 << 20;
+const CACHE_BYTES: u64 = 16 << 20;
 /// How long an earlier handle of this process may keep the lock after it was dropped.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// About the bytes and the keys in one batch of a large change: bounds memory and the length of a flush.

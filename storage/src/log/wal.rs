@@ -37,7 +37,7 @@ impl Default for WalOptions {
     fn default() -> Self {
         Self {
             segment_bytes: 64 << 20,
-            cache_bytes: 64 << 20,
+            cache_bytes: 16 << 20,
             batch_bytes: 4 << 20,
             ahead_bytes: 1 << 20,
             disk: Arc::new(RealDisk),
