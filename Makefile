@@ -40,6 +40,7 @@ torture:
 	MAINSTAY_GC_RACE_SECONDS=1800 cargo test --test process collection_beside -- --nocapture
 	MAINSTAY_CHUNK_FLIPS=200 cargo test --test process bits_that_flip -- --nocapture
 	MAINSTAY_CHUNK_LIVES=100 cargo test -p mainstay-storage --test conformance power_cuts_during -- --nocapture
+	MAINSTAY_CHUNK_LIVES=300 cargo test -p mainstay-storage --test conformance members_that_die -- --nocapture
 
 verify:
 	cargo fmt --all -- --check

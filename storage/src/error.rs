@@ -1,6 +1,7 @@
 //! What can go wrong with durable bytes.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Result of this crate.
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;
@@ -27,6 +28,15 @@ pub enum StorageError {
         path: PathBuf,
         /// What was found, and what to do.
         detail: String,
+    },
+    /// Where the bytes are kept for us does not answer as it should: nothing is known to be done.
+    #[error("could not {action}")]
+    Unavailable {
+        /// Verb and object.
+        action: &'static str,
+        /// Cause.
+        #[source]
+        source: Arc<std::io::Error>,
     },
     /// The directory belongs to something else, or to another release.
     #[error("{0}")]

@@ -23,13 +23,14 @@ use super::record::HEADER_LEN;
 use super::{ChunkId, ChunkStore, writer};
 use crate::Result;
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// A pack is rewritten when at least this part of it is not needed: 1/4.
 const WASTE_PART: u64 = 4;
 /// Bytes that are copied together: a put waits for no more than this.
 const MOVE_BYTES: u64 = 8 << 20;
+/// So many small packs are copied together.
+const SMALL_PACKS: usize = 8;
 /// A copy may take at most this part of the free room: 1/2.
 const ROOM_PART: u64 = 2;
 
@@ -122,9 +123,7 @@ impl ChunkStore {
             survey.waiting += pack.waiting;
             survey.dead += pack.dead;
         }
-        let packs = self.inner.shared.packs.lock();
-        survey.packs = packs.len() as u64;
-        survey.pack_bytes = packs.values().sum();
+        (survey.packs, survey.pack_bytes) = self.inner.shared.packs().total();
         survey
     }
 
@@ -138,13 +137,21 @@ impl ChunkStore {
             return Ok(swept);
         };
         let uses = self.inner.shared.index.survey(Some(cutoff));
+        let backend = &self.inner.shared.backend;
+        let (mut group, mut bytes) = (Vec::new(), 0);
         for choice in self.choose(&uses) {
-            if choice.kept > 0 && self.disk()?.0 / ROOM_PART < choice.kept {
+            if choice.kept > 0 && backend.room()?.0 / ROOM_PART < choice.kept {
                 swept.postponed += 1;
                 continue;
             }
-            self.rewrite(choice.number, cutoff, &mut swept)?;
+            group.push(choice.number);
+            bytes += choice.kept;
+            if bytes >= backend.group_bytes() {
+                self.rewrite(&std::mem::take(&mut group), cutoff, &mut swept)?;
+                bytes = 0;
+            }
         }
+        self.rewrite(&group, cutoff, &mut swept)?;
         Ok(swept)
     }
 
@@ -152,9 +159,10 @@ impl ChunkStore {
     /// room for the others.
     fn choose(&self, uses: &HashMap<u32, PackUse>) -> Vec<Choice> {
         let shared = &self.inner.shared;
-        let active = shared.active.load(Ordering::Relaxed);
+        let active = shared.packs().active();
         let mut chosen = Vec::new();
-        for (&number, &len) in shared.packs.lock().iter() {
+        let mut small = Vec::new();
+        for (number, len) in shared.packs().all() {
             let pack = uses.get(&number).copied().unwrap_or_default();
             let mut kept = pack.live;
             kept += pack.waiting;
@@ -162,50 +170,62 @@ impl ChunkStore {
             let waste = len.saturating_sub(BLOCK as u64).saturating_sub(kept);
             let empty = kept == 0 && number != active;
             let much = waste >= shared.waste_min && waste >= len / WASTE_PART;
-            if empty || much {
+            if empty || (much && shared.backend.rewrites(number)) {
                 chosen.push(Choice {
+                    number,
+                    kept,
+                    waste,
+                });
+            } else if len < shared.backend.small() && shared.backend.rewrites(number) {
+                small.push(Choice {
                     number,
                     kept,
                     waste,
                 });
             }
         }
+        if small.len() >= SMALL_PACKS {
+            chosen.append(&mut small);
+        }
         chosen.sort_by_key(|choice| (choice.kept, choice.number));
         chosen
     }
 
-    fn rewrite(&self, number: u32, cutoff: Tick, swept: &mut Swept) -> Result<()> {
+    /// Copy what is needed of these packs elsewhere, and remove them.
+    fn rewrite(&self, numbers: &[u32], cutoff: Tick, swept: &mut Swept) -> Result<()> {
         let shared = &self.inner.shared;
-        if number == shared.active.load(Ordering::Relaxed) && self.ask(writer::Job::Seal)? == number
-        {
-            return Ok(());
-        }
-        let entries = self.entries(number)?;
+        let mut packs: Vec<(u32, Vec<Entry>)> = Vec::with_capacity(numbers.len());
         let mut left: Vec<Entry> = Vec::new();
-        for (id, at) in &entries {
-            if shared.index.drop_dead(id, at, cutoff) {
-                swept.removed.add(at.stored_len);
-            } else if shared.index.peek(id) == Some(*at) {
-                left.push((*id, *at));
+        for &number in numbers {
+            if number == shared.packs().active() && self.ask(writer::Job::Seal)? == number {
+                continue;
             }
+            let entries = self.entries(number)?;
+            for (id, at) in &entries {
+                if shared.index.drop_dead(id, at, cutoff) {
+                    swept.removed.add(at.stored_len);
+                } else if shared.index.peek(id) == Some(*at) {
+                    left.push((*id, *at));
+                }
+            }
+            packs.push((number, entries));
         }
-        left.sort_unstable_by_key(|(_, at)| at.offset);
+        left.sort_unstable_by_key(|(_, at)| (at.pack, at.offset));
+        let bytes_max = MOVE_BYTES.max(shared.backend.group_bytes());
         let mut rest = left.as_slice();
         while !rest.is_empty() {
-            let (batch, after) = rest.split_at(batch_len(rest));
+            let (batch, after) = rest.split_at(batch_len(rest, bytes_max));
             self.move_on(batch, swept)?;
             rest = after;
         }
-        if entries
-            .iter()
-            .any(|(id, at)| shared.index.peek(id) == Some(*at))
-        {
-            // Cannot be: nothing adds to a sealed pack. If it is so nevertheless, nothing is lost.
-            tracing::error!(number, "a pack that was copied is still in use");
-            return Ok(());
+        for (number, entries) in packs {
+            let removed = self.ask(|reply| writer::Job::Remove(number, entries, reply))?;
+            // What was dropped may have been found there anew: then the pack stays for now.
+            if let Some(len) = removed {
+                swept.pack_bytes += len;
+                swept.packs += 1;
+            }
         }
-        swept.pack_bytes += self.ask(|reply| writer::Job::Remove(number, reply))?;
-        swept.packs += 1;
         Ok(())
     }
 
@@ -223,11 +243,11 @@ impl ChunkStore {
     }
 }
 
-fn batch_len(entries: &[Entry]) -> usize {
+fn batch_len(entries: &[Entry], bytes_max: u64) -> usize {
     let mut bytes = 0;
     let fits = |(_, at): &&Entry| {
         bytes += u64::from(at.stored_len) + HEADER_LEN as u64;
-        bytes <= MOVE_BYTES
+        bytes <= bytes_max
     };
     entries.iter().take_while(fits).count().max(1)
 }

@@ -21,8 +21,8 @@ use std::time::Duration;
 
 const MAGIC: [u8; 4] = *b"MSCI";
 const VERSION: u32 = 1;
-const HEAD: usize = 24;
-const ENTRY: usize = 44;
+pub(super) const HEAD: usize = 24;
+pub(super) const ENTRY: usize = 44;
 /// Parts of the map: a look at everything holds up writers for one of them at a time.
 const SHARDS: usize = 64;
 /// What one step of [`Tick`] is.
@@ -175,6 +175,27 @@ impl Index {
         }
     }
 
+    /// What others wrote: where a chunk lies already, the place that `better(new pack, old pack)` says
+    /// is named from now on; that is no use of it.
+    pub(super) fn insert_better(&self, entries: &[Entry], better: impl Fn(u32, u32) -> bool) {
+        let now = self.now();
+        for (id, at) in entries {
+            let mut shard = self.shard(id).write();
+            match shard.get_mut(id) {
+                Some(slot) if better(at.pack, slot.at.pack) => {
+                    self.uncount(&slot.at);
+                    slot.at = *at;
+                }
+                Some(_) => continue,
+                None => {
+                    let mark = AtomicU32::new(now.0);
+                    shard.insert(*id, Slot { at: *at, mark });
+                }
+            }
+            self.count(at);
+        }
+    }
+
     fn count(&self, at: &Location) {
         self.chunks.fetch_add(1, Ordering::Relaxed);
         self.stored
@@ -282,6 +303,12 @@ impl Index {
 
 /// Write the index file of a sealed pack; whole or not at all.
 pub(super) fn save(disk: &dyn Disk, path: &Path, pack_len: u64, entries: &[Entry]) -> Result<()> {
+    let out = encode(pack_len, entries);
+    replace_file(disk, path, &path.with_extension("idx.tmp"), &out)
+}
+
+/// The form of an index file.
+pub(super) fn encode(pack_len: u64, entries: &[Entry]) -> Vec<u8> {
     let mut out = Vec::with_capacity(HEAD + entries.len() * ENTRY + 4);
     out.extend_from_slice(&MAGIC);
     out.extend_from_slice(&VERSION.to_le_bytes());
@@ -295,26 +322,33 @@ pub(super) fn save(disk: &dyn Disk, path: &Path, pack_len: u64, entries: &[Entry
     }
     let crc = crc32fast::hash(&out);
     out.extend_from_slice(&crc.to_le_bytes());
-    replace_file(disk, path, &path.with_extension("idx.tmp"), &out)
+    out
 }
+
 /// Read it back; `None` if it is missing, damaged or about another pack.
 pub(super) fn load(path: &Path, pack: u32, pack_len: u64) -> Option<Vec<Entry>> {
-    let bytes = std::fs::read(path).ok()?;
+    let (len, entries) = parse(&std::fs::read(path).ok()?, pack)?;
+    (len == pack_len).then_some(entries)
+}
+
+/// The length that the pack had, and what it holds; `None`: damaged.
+pub(super) fn parse(bytes: &[u8], pack: u32) -> Option<(u64, Vec<Entry>)> {
     let (body, crc) = bytes.split_last_chunk::<4>()?;
     if crc32fast::hash(body) != u32::from_le_bytes(*crc) || body.len() < HEAD {
         return None;
     }
     let (head, rows) = body.split_at(HEAD);
+    let pack_len = u64::from_le_bytes(head[8..16].try_into().ok()?);
     let count = u64::from_le_bytes(head[16..24].try_into().ok()?);
     let good = head[..4] == MAGIC
         && head[4..8] == VERSION.to_le_bytes()
-        && head[8..16] == pack_len.to_le_bytes()
         && rows.len() % ENTRY == 0
         && (rows.len() / ENTRY) as u64 == count;
     if !good {
         return None;
     }
-    rows.chunks_exact(ENTRY)
+    let entries = rows
+        .chunks_exact(ENTRY)
         .map(|row| {
             let word = |at: usize| Some(u32::from_le_bytes(row[at..at + 4].try_into().ok()?));
             let id = ChunkId(row[..32].try_into().ok()?);
@@ -329,7 +363,8 @@ pub(super) fn load(path: &Path, pack: u32, pack_len: u64) -> Option<Vec<Entry>> 
                 },
             ))
         })
-        .collect()
+        .collect::<Option<_>>()?;
+    Some((pack_len, entries))
 }
 
 /// Make a created, renamed or removed file's name durable.

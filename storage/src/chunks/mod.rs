@@ -2,8 +2,10 @@
 //! Nothing is held before it is verified and fsynced. Refuses to know what the chunks mean.
 //!
 //! * `record`: a chunk's form on disk, and the check that it is what it claims to be.
-//! * `direct`: appending to a pack with aligned direct writes.
-//! * `pack`: naming, creating and scanning packs.
+//! * `backend`: where packs live, behind one trait. `local`: as files in a directory.
+//! * `bucket`: as objects in a bucket that several members share.
+//! * `direct`: appending to a file with aligned direct writes.
+//! * `pack`: naming, creating and scanning files of packs.
 //! * `index`: where each chunk is; index files of full packs.
 //! * `writer`: the one thread that writes; concurrent puts share its fsync.
 //! * `collect`: gives back the room of chunks that nothing needs.
@@ -18,9 +20,12 @@
 //! No call of the store tells that a chunk is held without marking it as used in the same step: what
 //! was told is kept for as long as the collector's grace, whatever the collector is doing.
 
+mod backend;
+mod bucket;
 mod collect;
 mod direct;
 mod index;
+mod local;
 mod pack;
 mod read;
 mod record;
@@ -30,6 +35,7 @@ mod tests;
 mod verify;
 mod writer;
 
+pub use bucket::{Bucket, Members, SharedOptions};
 pub use collect::{Mark, Survey, Swept};
 pub use index::{Clock, Sum};
 pub use verify::{Checked, Place, Rounds, Verifier};
@@ -42,7 +48,6 @@ use parking_lot::Mutex;
 use shared::Shared;
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -189,24 +194,72 @@ impl ChunkStore {
             disk,
             clock,
         } = options;
-        let opened = pack::open_all(&*disk, dir, clock)?;
+        let (packs, index) = local::LocalPacks::open(&disk, dir, pack_len, clock)?;
         let shared = Arc::new(Shared {
             dir: dir.to_owned(),
             disk,
-            index: opened.index,
-            readers: Mutex::default(),
-            packs: Mutex::new(opened.lens),
-            active: AtomicU32::new(opened.active.number),
+            index,
+            backend: Box::new(packs),
             bad: Mutex::default(),
             waste_min: (pack_len / 8).min(WASTE_MIN),
         });
-        let pack_len = pack_len.min(2 << 30);
-        let writer = writer::Writer::new(Arc::clone(&shared), opened.active, pack_len)?;
+        Self::start(shared)
+    }
+
+    /// Packs in a bucket that others share; `dir` holds copies of their indexes, and of what was read
+    /// and written lately. Asks the bucket nothing: see [`ChunkStore::greet`].
+    pub fn open_shared(
+        dir: &Path,
+        bucket: Arc<dyn Bucket>,
+        options: &SharedOptions,
+    ) -> Result<Self> {
+        if !dir.is_dir() {
+            std::fs::create_dir_all(dir).map_err(io("create", dir))?;
+        }
+        let (packs, index) = bucket::BucketPacks::open(dir, bucket, options)?;
+        Self::start(Arc::new(Shared {
+            dir: dir.to_owned(),
+            disk: Arc::new(RealDisk),
+            index,
+            backend: Box::new(packs),
+            bad: Mutex::default(),
+            waste_min: (options.pack_len / 8).min(WASTE_MIN),
+        }))
+    }
+
+    /// Do members share what this one stores?
+    pub fn shared(&self) -> bool {
+        self.inner.shared.backend.common().is_some()
+    }
+
+    /// Ask the bucket whose it is: `Foreign` if it is another cluster's, `Unavailable` if it does not
+    /// answer (a later call asks again). Nothing to do for a store on a disk.
+    pub fn greet(&self) -> Result<()> {
+        let common = self.inner.shared.backend.common();
+        common.map_or(Ok(()), bucket::BucketPacks::greet)
+    }
+
+    /// Learn what other members have put into a shared bucket; those of `wanted` that are not held
+    /// then. The others count as used now.
+    pub fn adopt(&self, wanted: &[ChunkId]) -> Result<Vec<ChunkId>> {
+        let wanted = wanted.to_vec();
+        self.ask(|reply| writer::Job::Adopt(wanted, reply))
+    }
+
+    /// Delete from a shared bucket what nobody relies on any more, and what interrupted work left.
+    /// Does nothing for a store on a disk.
+    pub fn tidy(&self, members: &Members) -> Result<()> {
+        let members = members.clone();
+        self.ask(|reply| writer::Job::Tidy(members, reply))
+    }
+
+    fn start(shared: Arc<Shared>) -> Result<Self> {
+        let writer = writer::Writer::new(Arc::clone(&shared));
         let (queue, jobs) = mpsc::sync_channel(QUEUE_LEN);
         let thread = std::thread::Builder::new()
             .name("chunk-writer".to_owned())
             .spawn(move || writer.run(&jobs))
-            .map_err(io("start the writer of", dir))?;
+            .map_err(io("start the writer of", &shared.dir))?;
         Ok(Self {
             inner: Arc::new(Inner {
                 shared,
@@ -272,9 +325,9 @@ impl ChunkStore {
     /// bad again.
     fn strike(&self, damaged: Vec<Entry>) {
         if !damaged.is_empty()
-            && let Err(error) = self.send(writer::Job::Strike(damaged))
+            && let Err(error) = self.ask(|reply| writer::Job::Strike(damaged, reply))
         {
-            tracing::warn!(%error, "damaged chunks stay in their index file");
+            tracing::error!(error = %local::chain(&error), "could not take damaged chunks out of an index file; a restart finds them again");
         }
     }
 
@@ -329,12 +382,12 @@ impl ChunkStore {
     pub fn stats(&self) -> ChunkStats {
         let shared = &self.inner.shared;
         let held = shared.index.held();
-        let packs = shared.packs.lock();
+        let (packs, pack_bytes) = shared.packs().total();
         ChunkStats {
             chunks: held.chunks,
             stored_bytes: held.bytes,
-            packs: packs.len() as u64,
-            pack_bytes: packs.values().sum(),
+            packs,
+            pack_bytes,
             damaged: shared.bad.lock().len() as u64,
         }
     }
@@ -349,14 +402,8 @@ impl ChunkStore {
     /// What a pack holds, as its index file or the writer has it.
     fn entries(&self, number: u32) -> Result<Vec<Entry>> {
         let shared = &self.inner.shared;
-        if number == shared.active.load(Ordering::Relaxed) {
-            let (growing, entries) = self.ask(writer::Job::Entries)?;
-            if growing == number {
-                return Ok(entries);
-            }
-        }
-        match pack::entries_of(&*shared.disk, &shared.dir, number) {
-            Ok((entries, _)) => Ok(entries),
+        match shared.backend.entries(number) {
+            Ok(entries) => Ok(entries),
             // Removed meanwhile, or lost: then all that was in it will be found bad.
             Err(error) if read::gone(&error) => Ok(shared.index.in_pack(number)),
             Err(error) => Err(error),
@@ -370,12 +417,7 @@ impl ChunkStore {
 
     /// Free and total bytes of the file system it lies on.
     pub fn disk(&self) -> Result<(u64, u64)> {
-        let dir = &self.inner.shared.dir;
-        let stat = rustix::fs::statvfs(dir).map_err(|e| io("look at", dir)(e.into()))?;
-        Ok((
-            stat.f_bavail.saturating_mul(stat.f_frsize),
-            stat.f_blocks.saturating_mul(stat.f_frsize),
-        ))
+        local::file_system(&self.inner.shared.dir)
     }
 }
 

@@ -3,26 +3,14 @@
 use super::index::{Entry, Location};
 use super::record::{HEADER_LEN, Header};
 use super::shared::Shared;
-use super::{ChunkId, Record, io, pack};
+use super::{ChunkId, Record};
 use crate::{Result, StorageError};
 use bytes::Bytes;
-use std::collections::HashMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
-/// Open files kept; more than this and all are closed (they reopen on use).
-const OPEN_FILES_MAX: usize = 64;
 /// Longest single read.
 const READ_MAX: u64 = 4 << 20;
 /// Bytes between two wanted records that are read along rather than skipped.
 const GAP_MAX: u64 = 64 << 10;
-
-/// Open packs by number.
-#[derive(Default)]
-pub(super) struct Readers {
-    open: HashMap<u32, Arc<File>>,
-}
 
 /// What was found where chunks should be.
 #[derive(Default)]
@@ -34,25 +22,6 @@ pub(super) struct Seen {
 }
 
 impl Shared {
-    pub(super) fn file(&self, number: u32) -> Result<Arc<File>> {
-        let mut readers = self.readers.lock();
-        if let Some(file) = readers.open.get(&number) {
-            return Ok(Arc::clone(file));
-        }
-        let path = pack::path(&self.dir, number);
-        let file = Arc::new(File::open(&path).map_err(io("open", &path))?);
-        if readers.open.len() >= OPEN_FILES_MAX {
-            readers.open.clear();
-        }
-        readers.open.insert(number, Arc::clone(&file));
-        Ok(file)
-    }
-
-    /// Close a pack, so that its removal gives its room back.
-    pub(super) fn close(&self, number: u32) {
-        self.readers.lock().open.remove(&number);
-    }
-
     /// All that are held, in disk order; neighbours are read together. They count as used. What turns
     /// out damaged is not held any more.
     pub(super) fn read_many(&self, ids: &[ChunkId]) -> Result<Seen> {
@@ -96,24 +65,18 @@ impl Shared {
             return Ok(());
         };
         let start = u64::from(first.offset);
-        let mut bytes = vec![0; usize::try_from(end(last) - start).unwrap_or(0)];
-        let path = pack::path(&self.dir, first.pack);
-        let got = match self.file(first.pack) {
-            Ok(file) => read_up_to(&file, &mut bytes, start).map_err(io("read", &path)),
-            Err(error) => Err(error),
-        };
-        match got {
-            Ok(got) => bytes.truncate(got),
+        let len = usize::try_from(end(last) - start).unwrap_or(0);
+        let bytes = match self.backend.read(first.pack, start, len) {
+            Ok(bytes) => bytes,
             // The pack was lost, or has just been removed.
-            Err(error) if gone(&error) => bytes.clear(),
+            Err(error) if gone(&error) => Bytes::new(),
             // A place that cannot be read is damage; those beside it may be sound.
-            Err(error) if unreadable(&error) && run.len() == 1 => bytes.clear(),
+            Err(error) if unreadable(&error) && run.len() == 1 => Bytes::new(),
             Err(error) if unreadable(&error) => {
                 return run.chunks(1).try_for_each(|one| self.read_run(one, seen));
             }
             Err(error) => return Err(error),
-        }
-        let bytes = Bytes::from(bytes);
+        };
         for (id, at) in run {
             let from = usize::try_from(u64::from(at.offset) - start).unwrap_or(usize::MAX);
             match parse(&bytes, from, id, at) {
@@ -154,21 +117,7 @@ fn run_len(entries: &[Entry]) -> usize {
     1 + entries.windows(2).take_while(|pair| together(pair)).count()
 }
 
-/// A file shorter than its index says is damage of the chunks behind its end, not a failed read.
-fn read_up_to(file: &File, bytes: &mut [u8], start: u64) -> std::io::Result<usize> {
-    let mut got = 0;
-    while got < bytes.len() {
-        match file.read_at(&mut bytes[got..], start + got as u64) {
-            Ok(0) => break,
-            Ok(n) => got += n,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(got)
-}
-
-fn parse(bytes: &Bytes, from: usize, id: &ChunkId, at: &Location) -> Option<Record> {
+pub(super) fn parse(bytes: &Bytes, from: usize, id: &ChunkId, at: &Location) -> Option<Record> {
     let to = from.checked_add(HEADER_LEN + at.stored_len as usize)?;
     let header = Header::decode(bytes.get(from..to)?)?;
     let data = bytes.slice(from + HEADER_LEN..to);

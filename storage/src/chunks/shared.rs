@@ -1,25 +1,21 @@
 //! What readers, the writer and the collector of one store look at together.
 
 use super::ChunkId;
+use super::backend::{Backend, PackSet};
 use super::index::{Entry, Index, Location, Tick};
-use super::read::Readers;
 use crate::disk::Disk;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 /// What readers and the writer share.
 pub(super) struct Shared {
     pub(super) dir: PathBuf,
     pub(super) disk: Arc<dyn Disk>,
     pub(super) index: Index,
-    pub(super) readers: Mutex<Readers>,
-    /// Every pack's length.
-    pub(super) packs: Mutex<BTreeMap<u32, u64>>,
-    /// The growing pack.
-    pub(super) active: AtomicU32,
+    /// Where the packs live.
+    pub(super) backend: Box<dyn Backend>,
     /// Found damaged, until they are put again or nothing needs them any more.
     pub(super) bad: Mutex<BTreeMap<ChunkId, Bad>>,
     /// Fewer bytes than this are not worth the rewriting of a pack.
@@ -33,12 +29,8 @@ pub(super) struct Bad {
 }
 
 impl Shared {
-    pub(super) fn note_pack(&self, number: u32, len: u64) {
-        self.packs.lock().insert(number, len);
-    }
-
-    pub(super) fn forget_pack(&self, number: u32) -> u64 {
-        self.packs.lock().remove(&number).unwrap_or(0)
+    pub(super) fn packs(&self) -> &PackSet {
+        self.backend.packs()
     }
 
     /// What lies at this place is bad: the chunk is not held any more, unless it lies elsewhere.

@@ -4,12 +4,10 @@
 use super::index::Entry;
 use super::read::end;
 use super::record::HEADER_LEN;
-use super::{ChunkId, ChunkStore, io, pack};
+use super::{ChunkId, ChunkStore};
 use crate::Result;
 use crate::disk::replace_file;
-use rustix::fs::{Advice, fadvise};
 use std::collections::VecDeque;
-use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 const MAGIC: [u8; 4] = *b"MSCV";
@@ -82,7 +80,11 @@ impl ChunkStore {
                 && word(32)? == crc32fast::hash(&bytes[..32]);
             let (pack, offset) = (word(8)?, word(12)?);
             good.then_some(Rounds {
-                next: (pack > 0).then_some(Place { pack, offset }),
+                next: (pack > 0).then_some(match self.shared() {
+                    // Numbers of packs in a bucket do not outlive a process.
+                    true => Place::default(),
+                    false => Place { pack, offset },
+                }),
                 begun_ms: long(16)?,
                 ended_ms: long(24)?,
             })
@@ -118,9 +120,9 @@ impl Verifier {
 
     /// Bytes of the packs that were seen, and of all.
     pub fn progress(&self) -> (u64, u64) {
-        let packs = self.store.inner.shared.packs.lock();
-        let seen: u64 = packs.range(..self.next.pack).map(|(_, len)| len).sum();
-        (seen + u64::from(self.next.offset), packs.values().sum())
+        let packs = self.store.inner.shared.packs();
+        let (seen, total) = packs.bytes_below(self.next.pack);
+        (seen + u64::from(self.next.offset), total)
     }
 
     /// Look at about `bytes_max` bytes more; `None`: everything was seen. What was put or moved since the
@@ -154,15 +156,14 @@ impl Verifier {
     /// Take up the next pack; `false`: there is none.
     fn load(&mut self) -> Result<bool> {
         let shared = &self.store.inner.shared;
-        let next = {
-            let packs = shared.packs.lock();
-            packs
-                .range(self.next.pack..)
-                .next()
-                .map(|(number, _)| *number)
-        };
-        let Some(number) = next else {
-            return Ok(false);
+        // What several members rely on one of them looks after.
+        let mut from = self.next.pack;
+        let number = loop {
+            match shared.packs().next_from(from) {
+                None => return Ok(false),
+                Some(number) if shared.backend.rewrites(number) => break number,
+                Some(number) => from = number + 1,
+            }
         };
         let from = if number == self.next.pack {
             self.next.offset
@@ -200,9 +201,9 @@ impl Verifier {
         let (from, to) = (u64::from(first.offset), end(last));
         self.next.offset = u32::try_from(to).unwrap_or(u32::MAX);
         let number = first.pack;
-        self.forget_cached(number, from, to);
+        shared.backend.forget_cached(number, from, to);
         let seen = shared.read_entries(&mut batch)?;
-        self.forget_cached(number, from, to);
+        shared.backend.forget_cached(number, from, to);
         let mut bad = seen.damaged;
         let other = seen.records.iter().filter(|(r, _)| r.verify().is_err());
         bad.extend(other.map(|(record, at)| (record.id, *at)));
@@ -211,18 +212,5 @@ impl Verifier {
         checked.damaged = bad.iter().map(|(id, _)| *id).collect();
         self.store.strike(bad);
         Ok(checked)
-    }
-
-    /// What the disk has counts, not what is in memory; and others' pages are not to be pushed out.
-    fn forget_cached(&self, number: u32, from: u64, to: u64) {
-        let shared = &self.store.inner.shared;
-        let Ok(file) = shared.file(number) else {
-            return;
-        };
-        if let Err(error) = fadvise(&*file, from, NonZeroU64::new(to - from), Advice::DontNeed) {
-            let path = pack::path(&shared.dir, number);
-            let error = io("advise on", &path)(error.into());
-            tracing::debug!(%error, "the system keeps what it has cached");
-        }
     }
 }

@@ -12,5 +12,7 @@ mod fence;
 mod kill;
 mod log;
 mod power;
+mod shared;
+mod sharing;
 mod snapshot;
 mod support;
