@@ -22,6 +22,6 @@ pub(crate) fn lose_tail(log: &LogStore, mark: &Mark) {
     let keep = end.saturating_sub(LOST).max(applied);
     if bug("lost-write") && keep < end {
         tracing::warn!(keep, end, "seeded bug: entries are forgotten");
-        log.forget_after(keep);
+        log.forget_after(keep, mark.applied);
     }
 }

@@ -133,9 +133,11 @@ impl LogStore {
         state.last.max(state.purged.map(|(index, _)| index))
     }
 
-    /// Lose what comes after `index`, and wait until it is lost.
+    /// Lose what comes after `index`, and wait until it is lost; nor know of a commit behind `committed`:
+    /// a member that did would notice.
     #[cfg(feature = "seeded-bugs")]
-    pub(crate) fn forget_after(&self, index: u64) {
+    pub(crate) fn forget_after(&self, index: u64, committed: Option<LogId>) {
+        self.shared.cache.lock().committed = committed;
         let ticket = self.shared.progress.issue();
         self.shared
             .log
