@@ -131,6 +131,17 @@ impl ChunkStore {
     /// The caller has seen to it that everything that was needed when the mark began, and is needed now,
     /// was kept since. One sweep at a time; the next waits.
     pub fn sweep(&self, mark: &Mark, grace: Duration) -> Result<Swept> {
+        self.sweep_paced(mark, grace, &|_| true)
+    }
+
+    /// The same at a pace: `pace` is told how many bytes were copied, returns when more may be, and
+    /// says whether to go on. What was left is for the next sweep.
+    pub fn sweep_paced(
+        &self,
+        mark: &Mark,
+        grace: Duration,
+        pace: &dyn Fn(u64) -> bool,
+    ) -> Result<Swept> {
         let _alone = self.inner.sweeping.lock();
         let mut swept = Swept::default();
         let Some(cutoff) = mark.begun.before(grace) else {
@@ -147,11 +158,13 @@ impl ChunkStore {
             group.push(choice.number);
             bytes += choice.kept;
             if bytes >= backend.group_bytes() {
-                self.rewrite(&std::mem::take(&mut group), cutoff, &mut swept)?;
+                if !self.rewrite(&std::mem::take(&mut group), cutoff, &mut swept, pace)? {
+                    return Ok(swept);
+                }
                 bytes = 0;
             }
         }
-        self.rewrite(&group, cutoff, &mut swept)?;
+        self.rewrite(&group, cutoff, &mut swept, pace)?;
         Ok(swept)
     }
 
@@ -191,8 +204,15 @@ impl ChunkStore {
         chosen
     }
 
-    /// Copy what is needed of these packs elsewhere, and remove them.
-    fn rewrite(&self, numbers: &[u32], cutoff: Tick, swept: &mut Swept) -> Result<()> {
+    /// Copy what is needed of these packs elsewhere, and remove them. `false`: broken off between two
+    /// batches. As after a crash, the packs are still there with all that was not copied.
+    fn rewrite(
+        &self,
+        numbers: &[u32],
+        cutoff: Tick,
+        swept: &mut Swept,
+        pace: &dyn Fn(u64) -> bool,
+    ) -> Result<bool> {
         let shared = &self.inner.shared;
         let mut packs: Vec<(u32, Vec<Entry>)> = Vec::with_capacity(numbers.len());
         let mut left: Vec<Entry> = Vec::new();
@@ -215,7 +235,11 @@ impl ChunkStore {
         let mut rest = left.as_slice();
         while !rest.is_empty() {
             let (batch, after) = rest.split_at(batch_len(rest, bytes_max));
+            let before = swept.moved.bytes;
             self.move_on(batch, swept)?;
+            if !pace(swept.moved.bytes - before) {
+                return Ok(false);
+            }
             rest = after;
         }
         for (number, entries) in packs {
@@ -226,7 +250,7 @@ impl ChunkStore {
                 swept.packs += 1;
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn move_on(&self, batch: &[Entry], swept: &mut Swept) -> Result<()> {

@@ -30,9 +30,10 @@ const TICK: Duration = Duration::from_millis(100);
 /// In a slot's mark: no root reached the chunk since the time in the other bits.
 const DEAD: u32 = 1 << 31;
 
-/// Time since the store was opened, in steps of 100 ms: six years fit.
+/// Time since the store was opened, in steps of 100 ms: six years fit. Chunks that were dead when the
+/// process before ended cleanly have been so since before: then the count begins at their age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Tick(u32);
+pub(super) struct Tick(pub(super) u32);
 
 impl Tick {
     /// So long ago; `None` if that was before the store was opened.
@@ -119,12 +120,15 @@ pub(super) struct Index {
     stored: AtomicU64,
     clock: Clock,
     start: Duration,
+    /// The tick of the start.
+    base: u32,
 }
 
 impl Index {
-    pub(super) fn new(clock: Clock) -> Self {
+    pub(super) fn new(clock: Clock, base: u32) -> Self {
         let start = clock();
         Self {
+            base,
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             chunks: AtomicU64::new(0),
             stored: AtomicU64::new(0),
@@ -142,7 +146,34 @@ impl Index {
         let passed = (self.clock)().saturating_sub(self.start);
         let steps = passed.as_millis() / TICK.as_millis();
         // At the end of time everything counts as used just now, and nothing is ever removed.
-        Tick(u32::try_from(steps).unwrap_or(DEAD).min(DEAD - 1))
+        let steps = u32::try_from(steps).unwrap_or(DEAD);
+        Tick(self.base.saturating_add(steps).min(DEAD - 1))
+    }
+
+    /// Every dead chunk, and for how long it has been dead, in ticks.
+    pub(super) fn ages(&self) -> Vec<(ChunkId, u32)> {
+        let now = self.now();
+        let mut ages = Vec::new();
+        for shard in &self.shards {
+            let shard = shard.read();
+            let dead = shard.iter().filter_map(|(id, slot)| {
+                let since = slot.dead_since()?;
+                Some((*id, now.0.saturating_sub(since.0)))
+            });
+            ages.extend(dead);
+        }
+        ages
+    }
+
+    /// These have been dead for so long already. Only before anybody uses the store.
+    pub(super) fn age(&self, ages: &[(ChunkId, u32)]) {
+        let now = self.now();
+        for (id, age) in ages {
+            if let Some(slot) = self.shard(id).read().get(id) {
+                let since = now.0.saturating_sub(*age);
+                slot.mark.store(since | DEAD, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Where it is; only for those who do not tell anybody that it is held.

@@ -9,6 +9,7 @@
 //! * `index`: where each chunk is; index files of full packs.
 //! * `writer`: the one thread that writes; concurrent puts share its fsync.
 //! * `collect`: gives back the room of chunks that nothing needs.
+//! * `ages`: how long dead chunks have been dead, over a clean restart.
 //! * `shared`: what all of these look at.
 //! * `verify`: reads everything again, and finds what is damaged.
 //!
@@ -20,6 +21,7 @@
 //! No call of the store tells that a chunk is held without marking it as used in the same step: what
 //! was told is kept for as long as the collector's grace, whatever the collector is doing.
 
+mod ages;
 mod backend;
 mod bucket;
 mod collect;
@@ -48,6 +50,7 @@ use parking_lot::Mutex;
 use shared::Shared;
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -171,6 +174,8 @@ struct Inner {
     thread: Option<JoinHandle<()>>,
     /// Held by the one sweep that is under way.
     sweeping: Mutex<()>,
+    /// The next opening shall know how long dead chunks have been dead.
+    keeps_ages: AtomicBool,
 }
 
 impl std::fmt::Debug for Inner {
@@ -266,6 +271,7 @@ impl ChunkStore {
                 queue: Some(queue),
                 thread: Some(thread),
                 sweeping: Mutex::default(),
+                keeps_ages: AtomicBool::new(false),
             }),
         })
     }
@@ -307,6 +313,18 @@ impl ChunkStore {
         let mut report = self.ask(job)?;
         report.known = total - report.stored;
         Ok(report)
+    }
+
+    /// Stored and uncompressed length of a chunk that is held; it counts as used now.
+    pub fn lens(&self, id: &ChunkId) -> Option<(u32, u32)> {
+        let at = self.inner.shared.index.touch(id)?;
+        Some((at.stored_len, at.raw_len))
+    }
+
+    /// When the last user of the store goes, write down how long dead chunks have been dead. Only where
+    /// no release runs afterwards that does not know of it: such a one would leave the list to rot.
+    pub fn keep_ages(&self) {
+        self.inner.keeps_ages.store(true, Ordering::Relaxed);
     }
 
     /// Have the writer do something.
@@ -428,6 +446,14 @@ impl Drop for Inner {
         if let Some(thread) = self.thread.take() {
             // A writer that panicked has nothing more to say: its queue already refused.
             let _ = thread.join();
+        }
+        // In a bucket others look after the same packs: there the grace begins anew.
+        let alone = self.shared.backend.common().is_none();
+        if alone && self.keeps_ages.load(Ordering::Relaxed) {
+            let ages = self.shared.index.ages();
+            if let Err(error) = ages::save(&*self.shared.disk, &self.shared.dir, &ages) {
+                tracing::warn!(%error, "the grace of dead chunks begins anew");
+            }
         }
     }
 }

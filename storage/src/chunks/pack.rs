@@ -5,7 +5,7 @@
 use super::direct::BLOCK;
 use super::index::{self, Clock, Entry, Index, Location, sync_dir};
 use super::record::{HEADER_LEN, Header, MAGIC};
-use super::{CHUNK_LEN_MAX, io};
+use super::{CHUNK_LEN_MAX, ages, io};
 use crate::disk::Disk;
 use crate::{Result, StorageError};
 use std::collections::BTreeMap;
@@ -101,7 +101,9 @@ pub(super) fn open_all(disk: &dyn Disk, dir: &Path, clock: Clock) -> Result<Open
     }
     let numbers = list(dir)?;
     sweep(disk, dir, &numbers)?;
-    let index = Index::new(clock);
+    let ages = ages::take(disk, dir)?;
+    let base = ages.iter().map(|(_, age)| *age).max().unwrap_or(0);
+    let index = Index::new(clock, base);
     let mut lens = BTreeMap::new();
     let Some((&last, sealed)) = numbers.split_last() else {
         let active = create(disk, dir, 1)?;
@@ -124,6 +126,7 @@ pub(super) fn open_all(disk: &dyn Disk, dir: &Path, clock: Clock) -> Result<Open
         active = create(disk, dir, last + 1)?;
         lens.insert(active.number, active.len);
     }
+    index.age(&ages);
     Ok(Opened {
         index,
         active,

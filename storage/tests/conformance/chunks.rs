@@ -313,6 +313,88 @@ fn room_comes_back() {
     );
 }
 
+/// Three openings, each shorter than the grace, are together as long as it; a crash begins it anew.
+#[test]
+fn the_grace_goes_on_over_clean_restarts() {
+    let dir = crate::support::tempdir();
+    let kept: Vec<ChunkId> = (0..KINDS).step_by(6).map(id).collect();
+    let third = GRACE / 3 + Duration::from_secs(1);
+    let live = |ends_well: bool| {
+        let hand = Hand::default();
+        let disk = Arc::new(mainstay_storage::disk::RealDisk);
+        let store = ChunkStore::open_with(dir.path(), hand.options(disk)).unwrap();
+        for kind in 0..KINDS {
+            // What is there already is not spoken of: that would be use.
+            if store.stats().chunks < KINDS {
+                store.put(vec![record(kind)]).unwrap();
+            }
+        }
+        let collect = || {
+            hand.go_on(Duration::from_millis(100));
+            let mark = store.begin_mark();
+            store.keep(&kept);
+            store.condemn(&mark);
+            store.sweep(&mark, GRACE).unwrap().removed.chunks
+        };
+        let first = collect();
+        hand.go_on(third);
+        let last = collect();
+        if ends_well {
+            store.keep_ages();
+        }
+        first + last
+    };
+    assert_eq!(live(true), 0);
+    assert_eq!(live(false), 0, "a crash: nobody knows");
+    assert_eq!((live(true), live(true)), (0, 0), "the grace began anew");
+    assert!(live(true) > 0, "dead for longer than the grace");
+    check(
+        &reopen(dir.path()),
+        &(0..KINDS).step_by(6).collect(),
+        "kept",
+    );
+}
+
+/// A sweep is told how much it copied, and stops when it is told to, with nothing lost.
+#[test]
+fn a_sweep_keeps_a_pace_and_can_be_broken_off() {
+    let dir = crate::support::tempdir();
+    let hand = Hand::default();
+    let disk = Arc::new(mainstay_storage::disk::RealDisk);
+    let store = ChunkStore::open_with(dir.path(), hand.options(disk)).unwrap();
+    for kind in 0..KINDS {
+        store.put(vec![record(kind)]).unwrap();
+    }
+    let kept: Vec<ChunkId> = (0..KINDS).step_by(6).map(id).collect();
+    let sweep = |pace: &dyn Fn(u64) -> bool| {
+        hand.go_on(GRACE + Duration::from_secs(1));
+        let mark = store.begin_mark();
+        store.keep(&kept);
+        store.condemn(&mark);
+        store.sweep_paced(&mark, GRACE, pace).unwrap()
+    };
+    sweep(&|_| true);
+    let told = AtomicU64::new(0);
+    let broken = sweep(&|bytes| {
+        told.fetch_add(bytes, Ordering::SeqCst);
+        false
+    });
+    assert!(broken.moved.bytes > 0, "{broken:?}");
+    assert_eq!(told.load(Ordering::SeqCst), broken.moved.bytes);
+    let wanted = (0..KINDS).step_by(6).collect();
+    check(&store, &wanted, "broken off");
+    let rest = sweep(&|bytes| {
+        told.fetch_add(bytes, Ordering::SeqCst);
+        true
+    });
+    assert!(rest.packs > broken.packs, "{rest:?} after {broken:?}");
+    let moved = broken.moved.bytes + rest.moved.bytes;
+    assert_eq!(told.load(Ordering::SeqCst), moved);
+    check(&store, &wanted, "swept");
+    drop(store);
+    check(&reopen(dir.path()), &wanted, "reopened");
+}
+
 /// Whoever was told that a chunk is there finds it there, whatever the collector does meanwhile.
 #[test]
 fn a_claim_and_a_collection_at_once() {

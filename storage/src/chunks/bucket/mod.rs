@@ -208,7 +208,7 @@ impl BucketPacks {
             state: Mutex::default(),
             greeted: Mutex::new(false),
         };
-        let index = Index::new(Arc::clone(&options.clock));
+        let index = Index::new(Arc::clone(&options.clock), 0);
         for (name, size) in packs.copies()? {
             let path = packs.copy_path(&name, size);
             let number = packs.state.lock().add(name, size);
