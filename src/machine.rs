@@ -68,7 +68,10 @@ impl mainstay_raft::Machine for ModelMachine {
         entries.outcome()?;
         let state = imported.map_err(|e| Fault(format!("cannot read the stored state: {e}")))?;
         supported(&state)?;
-        *self.state.write() = state;
+        let mut state = state;
+        let mut present = self.state.write();
+        state.succeed(&present);
+        *present = state;
         Ok(())
     }
 }

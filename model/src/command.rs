@@ -223,6 +223,30 @@ pub enum Command {
         /// Which.
         tag: String,
     },
+    /// Change what is said of a tag; never its bytes.
+    DescribeTag {
+        /// Template.
+        id: TemplateId,
+        /// Which tag; the latest visible one when absent.
+        selector: Option<TagSelector>,
+        /// `amd64`, `arm64` or empty; `None`: as it is.
+        arch: Option<String>,
+        /// `None`: as it is.
+        description: Option<String>,
+    },
+    /// Tags were pulled. A time older than the one that is known changes nothing, nor does one of a tag
+    /// that is gone.
+    NotePulls {
+        /// Template, tag number, and when, in Unix milliseconds.
+        pulls: Vec<(TemplateId, u32, u64)>,
+    },
+    /// How much the members may store. Idempotent.
+    SetQuota {
+        /// Of this template (it need not be there yet); of all of them together when absent.
+        template: Option<String>,
+        /// Stored bytes of one copy; `None`: as much as there is room for.
+        bytes: Option<u64>,
+    },
 }
 
 /// A pushed OCI artifact.

@@ -10,11 +10,12 @@
 //! | 3 | remembered commands are stored sixteen to a key |
 //! | 4 | OCI artifacts: `PutArtifact` and what follows from it |
 //! | 5 | those stored before level 3 move sixteen at a time, when the first of them is replaced; raised to less, all move at once |
+//! | 7 | `DescribeTag`, `NotePulls`, `SetQuota` |
 
 use crate::command::Command;
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 5;
+pub const SUPPORTED: u32 = 7;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
 /// At which they move there little by little.
@@ -23,6 +24,8 @@ pub const RECENT_GRADUALLY: u32 = 5;
 pub const RETIRE_MEMBER: u32 = 2;
 /// At which the commands about artifacts may be logged.
 pub const ARTIFACTS: u32 = 4;
+/// At which what is said of tags may be changed, and how much may be stored.
+pub const TAG_NOTES: u32 = 7;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it
@@ -34,6 +37,7 @@ impl Command {
             | Self::ReportArtifactHeld { .. }
             | Self::DeleteArtifact { .. }
             | Self::DeleteArtifactTag { .. } => ARTIFACTS,
+            Self::DescribeTag { .. } | Self::NotePulls { .. } | Self::SetQuota { .. } => TAG_NOTES,
             _ => 0,
         }
     }

@@ -2,10 +2,12 @@
 //! the whole state, so production asks seldom. Never repairs anything.
 
 use crate::artifact::{Artifact, Repository};
+use crate::command::TagContent;
 use crate::instance::{Instance, InstanceState};
 use crate::limits;
-use crate::state::State;
+use crate::state::{Owned, State};
 use crate::template::{Tag, Template};
+use std::collections::BTreeMap;
 
 /// Check one state by itself.
 pub fn check(state: &State) -> Result<(), String> {
@@ -38,6 +40,13 @@ pub fn check(state: &State) -> Result<(), String> {
     }
     for (id, group) in &state.groups {
         ensure(id == &group.id, || format!("group {id}: other id"))?;
+    }
+    for (id, number) in state.pulls.keys() {
+        let template = state.templates.get(id);
+        let there = template.is_some_and(|t| t.tags.contains_key(number));
+        ensure(there, || {
+            format!("template {id}: a pull of tag {number}, which is not there")
+        })?;
     }
     Ok(())
 }
@@ -83,7 +92,46 @@ pub fn check_step(before: &State, after: &State) -> Result<(), String> {
             check_repository_step(old, new).map_err(|e| format!("repository {name}: {e}"))?;
         }
     }
-    Ok(())
+    check_journal(before, after)
+}
+
+/// Whoever follows tags and artifacts by the journal misses none that changed.
+fn check_journal(before: &State, after: &State) -> Result<(), String> {
+    let (position, _) = before.owned_since(u64::MAX);
+    let Some(noted) = after.owned_since(position).1 else {
+        return Ok(());
+    };
+    let tags = |state: &State| {
+        let all = state.templates.iter();
+        let all = all.flat_map(|(id, t)| t.tags.values().map(move |tag| (id.clone(), tag.clone())));
+        all.map(|(id, tag)| (Owned::Tag(id, tag.number), tag))
+            .collect::<BTreeMap<_, _>>()
+    };
+    let artifacts = |state: &State| {
+        let all = state.repositories.iter().flat_map(|(name, repository)| {
+            let artifacts = repository.artifacts.values();
+            artifacts.map(move |a| (Owned::Artifact(name.clone(), a.content.digest), a.clone()))
+        });
+        all.collect::<BTreeMap<_, _>>()
+    };
+    let missed = missed(&tags(before), &tags(after), &noted)
+        .or_else(|| missed(&artifacts(before), &artifacts(after), &noted));
+    ensure(missed.is_none(), || {
+        format!("{missed:?} changed, and the journal does not say so")
+    })
+}
+
+fn missed<T: PartialEq>(
+    before: &BTreeMap<Owned, T>,
+    after: &BTreeMap<Owned, T>,
+    noted: &[Owned],
+) -> Option<Owned> {
+    let all = before.keys().chain(after.keys());
+    let changed = all.filter(|key| before.get(key) != after.get(key));
+    changed
+        .into_iter()
+        .find(|key| !noted.contains(key))
+        .cloned()
 }
 
 fn ensure(holds: bool, what: impl FnOnce() -> String) -> Result<(), String> {
@@ -232,7 +280,13 @@ fn check_template_step(old: &Template, new: &Template) -> Result<(), String> {
     for (number, tag) in &new.tags {
         match old.tags.get(number) {
             Some(was) => {
-                let same = was.content == tag.content && was.name == tag.name;
+                // What is said of it may change, what it is not.
+                let content = TagContent {
+                    arch: was.content.arch.clone(),
+                    description: was.content.description.clone(),
+                    ..tag.content.clone()
+                };
+                let same = was.content == content && was.name == tag.name;
                 ensure(same, || format!("tag {number} became another"))?;
                 let kept = !was.visible || tag.visible_ms == was.visible_ms;
                 ensure(kept, || format!("tag {number} lost its visibility"))?;

@@ -112,5 +112,18 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
         Command::DeleteArtifactTag { repository, tag } => {
             artifact::delete_tag(state, repository, tag)
         }
+        Command::DescribeTag {
+            id,
+            selector,
+            arch,
+            description,
+        } => {
+            let (arch, description) = (arch.as_deref(), description.as_deref());
+            template::describe(state, id, selector.as_ref(), arch, description)
+        }
+        Command::NotePulls { pulls } => template::note_pulls(state, pulls),
+        Command::SetQuota { template, bytes } => {
+            template::set_quota(state, template.as_deref(), *bytes)
+        }
     }
 }

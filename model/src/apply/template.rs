@@ -238,6 +238,62 @@ pub(super) fn delete_tag(state: &mut State, id: &TemplateId, selector: &TagSelec
     Ok(Outcome::Done)
 }
 
+/// What is said of a tag. Only its words: which bytes it names never changes.
+pub(super) fn describe(
+    state: &mut State,
+    id: &TemplateId,
+    selector: Option<&TagSelector>,
+    arch: Option<&str>,
+    description: Option<&str>,
+) -> Applied {
+    let template = known(state, id)?;
+    let number = match selector {
+        Some(selector) => select(template, selector)?,
+        None => {
+            let latest = template.latest().map(|t| t.number);
+            latest.ok_or_else(|| Refusal::TagUnknown(String::new()))?
+        }
+    };
+    if let Some(arch) = arch {
+        check::text("architecture", arch, limits::NAME_BYTES)?;
+    }
+    if let Some(text) = description {
+        check::text("description", text, limits::TEXT_BYTES)?;
+    }
+    state.edit_tag(id, number, |tag| {
+        if let Some(arch) = arch {
+            arch.clone_into(&mut tag.content.arch);
+        }
+        if let Some(text) = description {
+            text.clone_into(&mut tag.content.description);
+        }
+    });
+    Ok(Outcome::Done)
+}
+
+pub(super) fn note_pulls(state: &mut State, pulls: &[(TemplateId, u32, u64)]) -> Applied {
+    check::count("pulls in a command", pulls.len(), limits::BATCH)?;
+    for (id, number, at_ms) in pulls {
+        let template = state.templates.get(id);
+        let there = template.is_some_and(|t| t.tags.contains_key(number));
+        let known = state.pulls.get(&(id.clone(), *number)).copied();
+        if there && known.is_none_or(|known| known < *at_ms) {
+            state.set_pull(id, *number, *at_ms);
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+pub(super) fn set_quota(state: &mut State, template: Option<&str>, bytes: Option<u64>) -> Applied {
+    if let Some(name) = template {
+        check::name("template name", name)?;
+        let more = usize::from(bytes.is_some() && !state.quotas.contains_key(name));
+        check::count("quotas", state.quotas.len() + more, limits::TEMPLATES)?;
+    }
+    state.set_quota(template.unwrap_or_default(), bytes);
+    Ok(Outcome::Done)
+}
+
 /// Any tag, visible or not.
 fn select(template: &Template, selector: &TagSelector) -> Result<u32, Refusal> {
     let (found, text) = match selector {

@@ -1,9 +1,10 @@
-//! The few ways in which commands may touch the state: each keeps indexes, time of change and the
-//! set of changed keys right. Decides nothing.
+//! The few ways in which commands may touch the state: each keeps indexes, time of change, the
+//! set of changed keys and, for tags and artifacts, the journal right. Decides nothing.
 
 use super::State;
 use super::index::Place;
 use super::instances::share_template_id;
+use super::journal::Owned;
 use super::key::Key;
 use crate::artifact::{Artifact, RepositoryTag};
 use crate::feature::{RECENT_BLOCKS, RECENT_GRADUALLY};
@@ -116,6 +117,7 @@ impl State {
         self.dirty.insert(Key::Template(template.id.clone()));
         for number in template.tags.keys() {
             self.dirty.insert(Key::Tag(template.id.clone(), *number));
+            self.journal.note(Owned::Tag(template.id.clone(), *number));
         }
         self.index.name_template(&template.name, &template.id);
         self.templates.insert(template.id.clone(), template);
@@ -128,6 +130,8 @@ impl State {
         self.index.forget_template(&template.name);
         for number in template.tags.keys() {
             self.dirty.insert(Key::Tag(id.clone(), *number));
+            self.journal.note(Owned::Tag(id.clone(), *number));
+            self.forget_pull(id, *number);
         }
         self.dirty.insert(Key::Template(id.clone()));
     }
@@ -140,6 +144,7 @@ impl State {
         template.next_number = tag.number.saturating_add(1);
         self.dirty.insert(Key::Template(id.clone()));
         self.dirty.insert(Key::Tag(id.clone(), tag.number));
+        self.journal.note(Owned::Tag(id.clone(), tag.number));
         template.tags.insert(tag.number, tag);
     }
 
@@ -151,6 +156,7 @@ impl State {
         };
         change(tag);
         self.dirty.insert(Key::Tag(id.clone(), number));
+        self.journal.note(Owned::Tag(id.clone(), number));
     }
 
     pub(crate) fn remove_tag(&mut self, id: &TemplateId, number: u32) {
@@ -158,7 +164,34 @@ impl State {
             && template.tags.remove(&number).is_some()
         {
             self.dirty.insert(Key::Tag(id.clone(), number));
+            self.journal.note(Owned::Tag(id.clone(), number));
+            self.forget_pull(id, number);
         }
+    }
+
+    /// A tag that is there was pulled at that time.
+    pub(crate) fn set_pull(&mut self, id: &TemplateId, number: u32, at_ms: u64) {
+        self.dirty.insert(Key::Pulled(id.clone(), number));
+        self.pulls.insert((id.clone(), number), at_ms);
+    }
+
+    fn forget_pull(&mut self, id: &TemplateId, number: u32) {
+        if self.pulls.remove(&(id.clone(), number)).is_some() {
+            self.dirty.insert(Key::Pulled(id.clone(), number));
+        }
+    }
+
+    /// How much of a template may be stored; the empty name: of all.
+    pub(crate) fn set_quota(&mut self, name: &str, bytes: Option<u64>) {
+        let before = self.quotas.get(name).copied();
+        if before == bytes {
+            return;
+        }
+        self.dirty.insert(Key::Quota(name.to_owned()));
+        match bytes {
+            Some(bytes) => self.quotas.insert(name.to_owned(), bytes),
+            None => self.quotas.remove(name),
+        };
     }
 
     /// Number of the next put into a repository, which is made if there is none.
@@ -177,6 +210,8 @@ impl State {
         let digest = artifact.content.digest;
         self.dirty
             .insert(Key::Artifact(repository.to_owned(), digest));
+        self.journal
+            .note(Owned::Artifact(repository.to_owned(), digest));
         entry.artifacts.insert(digest, artifact);
     }
 
@@ -185,6 +220,8 @@ impl State {
         if entry.is_some_and(|r| r.artifacts.remove(digest).is_some()) {
             self.dirty
                 .insert(Key::Artifact(repository.to_owned(), *digest));
+            self.journal
+                .note(Owned::Artifact(repository.to_owned(), *digest));
         }
     }
 

@@ -39,6 +39,10 @@ pub(super) enum Key {
     Artifact(String, Sha256),
     /// `x`: a tag of a repository: repository, a zero byte, tag.
     RepositoryTag(String, String),
+    /// `y`: how much of a template may be stored, by name; without a name: of all.
+    Quota(String),
+    /// `z`: when a tag was last pulled: template id, a zero byte, number.
+    Pulled(TemplateId, u32),
 }
 
 impl Key {
@@ -75,8 +79,14 @@ impl Key {
             Self::Script(id) => with(b's', id.as_str()),
             Self::Template(id) => with(b't', id.as_str()),
             Self::Repository(name) => with(b'u', name),
-            Self::Tag(id, number) => {
-                let mut out = with(b'v', id.as_str());
+            Self::Quota(name) => with(b'y', name),
+            Self::Tag(id, number) | Self::Pulled(id, number) => {
+                let table = if matches!(self, Self::Tag(..)) {
+                    b'v'
+                } else {
+                    b'z'
+                };
+                let mut out = with(table, id.as_str());
                 out.push(0);
                 out.extend_from_slice(&number.to_be_bytes());
                 out
@@ -120,10 +130,16 @@ impl Key {
             b'r' => Self::Recent(number(rest)?),
             b's' => Self::Script(text(rest)?.into()),
             b't' => Self::Template(text(rest)?.into()),
-            b'v' if rest.len() > 5 && rest[rest.len() - 5] == 0 => {
+            b'v' | b'z' if rest.len() > 5 && rest[rest.len() - 5] == 0 => {
                 let (id, tail) = rest.split_at(rest.len() - 5);
-                Self::Tag(text(id)?.into(), number(&tail[1..])?)
+                let (id, number) = (text(id)?.into(), number(&tail[1..])?);
+                match table {
+                    b'v' => Self::Tag(id, number),
+                    _ => Self::Pulled(id, number),
+                }
             }
+            b'y' if rest.is_empty() => Self::Quota(String::new()),
+            b'y' => Self::Quota(text(rest)?),
             b'u' => Self::Repository(text(rest)?),
             b'w' if rest.len() > 33 && rest[rest.len() - 33] == 0 => {
                 let (name, tail) = rest.split_at(rest.len() - 33);
@@ -150,6 +166,10 @@ mod tests {
     #[test]
     fn keys_survive_and_sort_as_their_bytes() {
         let mut keys = vec![
+            Key::Pulled("t1".into(), 256),
+            Key::Pulled("t1".into(), 3),
+            Key::Quota("debian".into()),
+            Key::Quota(String::new()),
             Key::RepositoryTag("a/b".into(), "v1".into()),
             Key::RepositoryTag("a/b".into(), "v".into()),
             Key::RepositoryTag("a".into(), "v1".into()),
@@ -206,6 +226,9 @@ mod tests {
             b"xa",
             b"xa\0",
             b"x\0v1",
+            b"y\xff",
+            b"z",
+            b"zt\x01\0\0\0\0",
         ] {
             assert!(Key::from_bytes(bad).is_err(), "{bad:?}");
         }

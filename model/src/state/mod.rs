@@ -4,6 +4,7 @@
 mod edit;
 pub(crate) mod index;
 mod instances;
+mod journal;
 mod key;
 mod lines;
 mod recent;
@@ -23,6 +24,8 @@ use crate::outcome::Outcome;
 use crate::template::Template;
 use index::{Index, Occupants};
 pub use instances::Instances;
+use journal::Journal;
+pub use journal::Owned;
 use key::Key;
 use lines::Lines;
 use recent::{Place, Recent};
@@ -54,12 +57,17 @@ pub struct State {
     pub groups: BTreeMap<GroupId, Group>,
     /// Members that an operator took out: their identities never come back.
     pub retired: BTreeMap<MemberId, Retired>,
+    /// How many bytes of a template may be stored, by its name; under the empty name: of all of them.
+    pub quotas: BTreeMap<String, u64>,
+    /// When a tag was last pulled, in Unix milliseconds.
+    pub pulls: BTreeMap<(TemplateId, u32), u64>,
     /// Counts changes of desired sets over all nodes, so that a node which was removed and joins
     /// again never sees a generation that its agent has passed already.
     desired_changes: u64,
     index: Index,
     recent: Recent,
     dirty: BTreeSet<Key>,
+    journal: Journal,
 }
 
 impl PartialEq for State {
@@ -74,6 +82,8 @@ impl PartialEq for State {
             && self.repositories == other.repositories
             && self.groups == other.groups
             && self.retired == other.retired
+            && self.quotas == other.quotas
+            && self.pulls == other.pulls
             && self.recent == other.recent
     }
 }
@@ -164,6 +174,18 @@ impl State {
     /// A template by name.
     pub fn template_named(&self, name: &str) -> Option<&Template> {
         self.templates.get(self.index.template_named(name)?)
+    }
+
+    /// Which tags and artifacts changed, came or went since `seen`, a position told before by this
+    /// process (0: none yet), and the position now. `None`: too many, or another state was
+    /// installed since; look at all of them.
+    pub fn owned_since(&self, seen: u64) -> (u64, Option<Vec<Owned>>) {
+        self.journal.since(seen)
+    }
+
+    /// This state takes the place of `former` in a process that told positions of that one.
+    pub fn succeed(&mut self, former: &Self) {
+        self.journal.succeed(&former.journal);
     }
 
     /// A hash of everything replicated. Two members at the same applied index must agree; it

@@ -87,6 +87,10 @@ impl State {
                 give(Key::RepositoryTag(name.clone(), tag.clone()));
             }
         }
+        let quotas = self.quotas.keys();
+        quotas.for_each(|name| give(Key::Quota(name.clone())));
+        let pulls = self.pulls.keys();
+        pulls.for_each(|(id, number)| give(Key::Pulled(id.clone(), *number)));
     }
 
     fn value(&self, key: &Key) -> Option<Vec<u8>> {
@@ -130,6 +134,8 @@ impl State {
                 repository.artifacts.get(digest).map(encode)
             }
             Key::RepositoryTag(name, tag) => self.repositories.get(name)?.tags.get(tag).map(encode),
+            Key::Quota(name) => self.quotas.get(name).map(encode),
+            Key::Pulled(id, number) => self.pulls.get(&(id.clone(), *number)).map(encode),
         }
     }
 
@@ -210,6 +216,12 @@ impl State {
             Key::RepositoryTag(name, tag) => {
                 rest.repository_tags.push((name, tag, decode(value)?));
             }
+            Key::Quota(name) => {
+                self.quotas.insert(name, decode(value)?);
+            }
+            Key::Pulled(id, number) => {
+                self.pulls.insert((id, number), decode(value)?);
+            }
         }
         Ok(())
     }
@@ -241,6 +253,12 @@ impl State {
                 Some(t) => t.tags.insert(tag.number, tag),
                 None => return Err(orphan("tag", id.as_str())),
             };
+        }
+        for (id, number) in self.pulls.keys() {
+            let template = self.templates.get(id);
+            if template.is_none_or(|t| !t.tags.contains_key(number)) {
+                return Err(orphan("time of a pull", id.as_str()));
+            }
         }
         for (name, artifact) in rest.artifacts {
             match self.repositories.get_mut(&name) {

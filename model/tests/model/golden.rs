@@ -33,7 +33,7 @@ fn commands() {
         variants.insert(bytes[1 + 17 + 9]);
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
-    assert_eq!(variants, (0..26).collect(), "a command lacks its sample");
+    assert_eq!(variants, (0..29).collect(), "a command lacks its sample");
     compare("commands.txt", &lines, |bytes| {
         decode_envelope(bytes).map(|e| encode_envelope(&e))
     });
@@ -60,6 +60,14 @@ fn outcomes() {
 #[test]
 fn stored_values() {
     stored("stored.txt", &full_state(), "cfgilmnoqstuvwx");
+}
+
+#[test]
+fn stored_values_at_level_7() {
+    let mut history = sample_history(7);
+    history.extend(note_commands().into_iter().map(|(_, command)| command));
+    let state = state_after(&history);
+    stored("stored-level-7.txt", &state, "cfgilmnoqrstuvwxyz");
 }
 
 /// While remembered commands move into blocks: the last ones have, the first ones not.
@@ -140,7 +148,7 @@ fn garbage_is_refused() {
     }
     // Lengths that promise far more than there is.
     for length in [1_u64 << 20, 1 << 30, 1 << 40, u64::MAX] {
-        for variant in 0..26_u8 {
+        for variant in 0..29_u8 {
             let mut bytes = vec![1, 1, 1, variant, 253];
             bytes.extend_from_slice(&length.to_le_bytes());
             assert!(decode_envelope(&bytes).is_err());
@@ -306,7 +314,31 @@ fn all_commands() -> Vec<(&'static str, Command)> {
     let mut all = instance_commands();
     all.extend(other_commands());
     all.extend(artifact_commands());
+    all.extend(note_commands());
     all
+}
+
+fn note_commands() -> Vec<(&'static str, Command)> {
+    let describe = Command::DescribeTag {
+        id: "t1".into(),
+        selector: Some(TagSelector::Number(0)),
+        arch: Some("arm64".into()),
+        description: Some("nightly".into()),
+    };
+    let pulls = Command::NotePulls {
+        pulls: vec![("t1".into(), 0, 1_700_000_000_500), ("t9".into(), 300, 1)],
+    };
+    let quota = |template: Option<&str>, bytes| Command::SetQuota {
+        template: template.map(str::to_owned),
+        bytes,
+    };
+    vec![
+        ("describe-tag", describe),
+        ("note-pulls", pulls),
+        ("set-quota", quota(None, Some(1 << 40))),
+        ("set-quota-of-one", quota(Some("debian"), Some(300))),
+        ("set-quota-none", quota(Some("other"), None)),
+    ]
 }
 
 fn artifact_commands() -> Vec<(&'static str, Command)> {

@@ -339,7 +339,7 @@ fn group_command(r: &mut Random) -> Command {
             member: r.one_in(2),
         },
         _ if r.one_in(4) => Command::SetFeatures {
-            level: r.below(7) as u32,
+            level: r.below(9) as u32,
         },
         _ => Command::DeleteGroup { id: id(r) },
     }
@@ -394,6 +394,26 @@ fn artifact_command(r: &mut Random) -> Command {
     }
 }
 
+fn note_command(r: &mut Random, id: mainstay_model::TemplateId) -> Command {
+    match r.below(3) {
+        0 => Command::DescribeTag {
+            id,
+            selector: r.one_in(2).then(|| TagSelector::Number(r.below(4) as u32)),
+            arch: r.one_in(2).then(|| "amd64".to_owned()),
+            description: r.one_in(2).then(|| format!("text {}", r.below(9))),
+        },
+        1 => Command::NotePulls {
+            pulls: (0..r.below(4))
+                .map(|_| (id.clone(), r.below(4) as u32, r.below(1000)))
+                .collect(),
+        },
+        _ => Command::SetQuota {
+            template: r.one_in(2).then(|| format!("template{}", r.below(3))),
+            bytes: r.one_in(3).then(|| r.below(1000)),
+        },
+    }
+}
+
 fn template_command(r: &mut Random) -> Command {
     let number = r.below(3);
     let id = format!("t{number}").into();
@@ -419,10 +439,11 @@ fn template_command(r: &mut Random) -> Command {
             held: !r.one_in(3),
             voters: voters(r),
         },
-        9 => Command::DeleteTag {
+        9 if r.one_in(2) => Command::DeleteTag {
             id,
             selector: selector(r),
         },
+        9 => note_command(r, id),
         10 => Command::RevertTemplate {
             id,
             selector: r.one_in(2).then(|| selector(r)),

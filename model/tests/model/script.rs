@@ -194,6 +194,21 @@ impl Runner {
             }
             "templates" => self.show_templates(&mut out),
             "repositories" => self.show_repositories(&mut out),
+            "notes" => {
+                for ((id, number), at) in &self.state.pulls {
+                    writeln!(out, "{id}/{number} pulled@{at}").unwrap();
+                }
+                for (name, bytes) in &self.state.quotas {
+                    writeln!(out, "quota of {name:?}: {bytes}").unwrap();
+                }
+                for template in self.state.templates.values() {
+                    for tag in template.tags.values() {
+                        let (id, content) = (&template.id, &tag.content);
+                        let (arch, text) = (&content.arch, &content.description);
+                        writeln!(out, "{id}/{} arch={arch:?} {text:?}", tag.number).unwrap();
+                    }
+                }
+            }
             "groups" => {
                 for group in self.state.groups.values() {
                     let fallback = group.fallback.as_ref().map_or("-", |g| g.as_str());
@@ -289,6 +304,7 @@ impl Runner {
             "observe" => self.observe_command(args),
             "publish" | "held" | "lost-copy" | "retire" | "revert" | "delete-tag"
             | "delete-template" => template_command(verb, args),
+            "describe" | "pulled" | "quota" => note_command(verb, args),
             _ => node_command(verb, args),
         }
     }
@@ -368,10 +384,11 @@ impl Runner {
 fn key_name(key: &[u8]) -> String {
     match key[0] {
         b'c' | b'r' => String::new(),
-        b'v' => {
+        table @ (b'v' | b'z') => {
             let (id, tail) = key[1..].split_at(key.len() - 6);
             let number = u32::from_be_bytes(tail[1..].try_into().unwrap());
-            format!("v:{}/{number}", String::from_utf8_lossy(id))
+            let table = char::from(table);
+            format!("{table}:{}/{number}", String::from_utf8_lossy(id))
         }
         b'w' => {
             let (name, digest) = key[1..].split_at(key.len() - 34);
@@ -390,6 +407,29 @@ fn key_name(key: &[u8]) -> String {
             char::from(table),
             String::from_utf8_lossy(&key[1..])
         ),
+    }
+}
+
+/// `describe t1 [tag=v1] [arch=..] [text=..]`, `pulled t1 number=0 at=5`, `quota [of=NAME] [bytes=5]`.
+fn note_command(verb: &str, args: &Words<'_>) -> Command {
+    match verb {
+        "describe" => Command::DescribeTag {
+            id: args.bare[0].into(),
+            selector: args.text("tag").map(TagSelector::Name),
+            arch: args.text("arch"),
+            description: args.text("text"),
+        },
+        "pulled" => Command::NotePulls {
+            pulls: vec![(
+                args.bare[0].into(),
+                args.number("number").unwrap(),
+                args.number("at").unwrap(),
+            )],
+        },
+        _ => Command::SetQuota {
+            template: args.text("of"),
+            bytes: args.number("bytes"),
+        },
     }
 }
 
