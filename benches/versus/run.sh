@@ -17,5 +17,8 @@ benches/versus/p4.py 50 10
 benches/versus/p12.py
 benches/versus/p13.py
 benches/versus/p14.py
-benches/versus/p5_p6.py
+benches/versus/p5.py
+benches/versus/p6.py 1024 5 sparse
+benches/versus/p6.py 1024 5 dense
+benches/versus/p7.py
 benches/versus/p10.py "$guest"
