@@ -41,6 +41,8 @@ torture:
 	MAINSTAY_CHUNK_FLIPS=200 cargo test --test process bits_that_flip -- --nocapture
 	MAINSTAY_CHUNK_LIVES=100 cargo test -p mainstay-storage --test conformance power_cuts_during -- --nocapture
 	MAINSTAY_CHUNK_LIVES=300 cargo test -p mainstay-storage --test conformance members_that_die -- --nocapture
+	MAINSTAY_PUSH_MB=2048 cargo test --test process a_large_push -- --nocapture
+	MAINSTAY_ABANDONED=10000 cargo test --lib tiny_uploads -- --nocapture
 
 verify:
 	cargo fmt --all -- --check

@@ -132,6 +132,14 @@ pub struct ServerArgs {
     /// Pause between two collections of chunks that no tag needs, or "never" [default: 1h]
     #[arg(long, env = "MAINSTAY_GC_EVERY", value_name = "DURATION")]
     pub gc_every: Option<String>,
+    /// A collection copies at most so many bytes a second, when it moves what is left of a file that it
+    /// gives back; 0: as fast as it can [default: 64MiB]
+    #[arg(long, env = "MAINSTAY_GC_RATE", value_name = "SIZE")]
+    pub gc_rate: Option<String>,
+    /// Tags are copied from other members at so many bytes a second at most; 0: as fast as can be
+    /// [default: 0]
+    #[arg(long, env = "MAINSTAY_REPLICATE_RATE", value_name = "SIZE")]
+    pub replicate_rate: Option<String>,
     /// Chunks are verified at so many bytes a second; 0: only when asked to [default: 16MiB]
     #[arg(long, env = "MAINSTAY_SCRUB_RATE", value_name = "SIZE")]
     pub scrub_rate: Option<String>,
@@ -201,6 +209,16 @@ pub struct Config {
     pub allow_cors: bool,
     /// Log lines.
     pub log_format: LogFormat,
+}
+
+/// Bytes a second.
+fn rate(flag: &str, text: &str, none: &str) -> Result<u64, ConfigError> {
+    let Some(rate) = space::bytes(text) else {
+        return wrong(format!(
+            "{flag} {text}: give bytes a second such as 16MiB, or 0 for {none}"
+        ));
+    };
+    Ok(rate)
 }
 
 impl ServerArgs {
@@ -336,6 +354,8 @@ impl ServerArgs {
             snapshot_keep: self.snapshot_keep.or(file.snapshot_keep),
             gc_grace: self.gc_grace.or(file.gc_grace),
             gc_every: self.gc_every.or(file.gc_every),
+            gc_rate: self.gc_rate.or(file.gc_rate),
+            replicate_rate: self.replicate_rate.or(file.replicate_rate),
             scrub_rate: self.scrub_rate.or(file.scrub_rate),
             scrub_every: self.scrub_every.or(file.scrub_every),
             allow_cors: self.allow_cors.or(file.allow_cors),
@@ -387,12 +407,13 @@ impl ServerArgs {
             Some(text) => upkeep.collect.every = Some(duration("--gc-every", text)?),
         }
         if let Some(text) = &self.scrub_rate {
-            let Some(rate) = space::bytes(text) else {
-                return wrong(format!(
-                    "--scrub-rate {text}: give bytes a second such as 16MiB, or 0 for never"
-                ));
-            };
-            upkeep.scrub.rate = rate;
+            upkeep.scrub.rate = rate("--scrub-rate", text, "never")?;
+        }
+        if let Some(text) = &self.gc_rate {
+            upkeep.collect.rate = rate("--gc-rate", text, "no limit")?;
+        }
+        if let Some(text) = &self.replicate_rate {
+            upkeep.replicate_rate = rate("--replicate-rate", text, "no limit")?;
         }
         if let Some(text) = &self.scrub_every {
             upkeep.scrub.every = duration("--scrub-every", text)?;

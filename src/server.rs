@@ -465,9 +465,15 @@ impl Member {
             MemberId(id),
             Arc::new(peers.clone()),
             cli::VERSION.to_owned(),
-            {
-                let space = Arc::clone(&space);
-                Box::new(move || space.may_store())
+            registry::Disk {
+                may_store: {
+                    let space = Arc::clone(&space);
+                    Box::new(move || space.may_store())
+                },
+                left: {
+                    let space = Arc::clone(&space);
+                    Box::new(move || space.left())
+                },
             },
             port.config.upkeep,
         );

@@ -126,6 +126,14 @@ impl Level {
         }
     }
 
+    /// Bytes between `free` and the mark under which pushes are refused, coming from this level.
+    fn left(self, free: u64, mark: u64) -> u64 {
+        match self.next(free, mark) {
+            Self::Plenty => free.saturating_sub(mark),
+            Self::NoPushes | Self::NoLead => 0,
+        }
+    }
+
     /// The level at `free`, coming from this one.
     fn next(self, free: u64, mark: u64) -> Self {
         let holds = |level: &Self| {
@@ -190,6 +198,14 @@ impl Space {
             self.says(room),
             self.dir.display()
         ))
+    }
+
+    /// Bytes that may still be stored before [`Self::may_store`] says no, if the disk can be asked.
+    pub fn left(&self) -> Option<u64> {
+        let room = self.room()?;
+        let mark = self.low.mark(room.total);
+        let level = *self.level.lock();
+        Some(level.left(room.free, mark))
     }
 
     /// What is wrong with the disk's room, if anything.
@@ -311,6 +327,12 @@ mod tests {
         ] {
             level = level.next(free, 1000);
             assert_eq!(level, expected, "{free} free");
+            let left = if expected == Level::Plenty {
+                free - 1000
+            } else {
+                0
+            };
+            assert_eq!(level.left(free, 1000), left, "{free} free");
         }
     }
 }

@@ -4,10 +4,12 @@
 use super::client::{ApiClient, query};
 use super::status::MemberRow;
 use super::table::{self, Output, Table};
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use futures::future::join_all;
-use mainstay_agent::transfer::api::{Collection, CollectionStatus, GC, SCRUB, ScrubStatus};
+use mainstay_agent::transfer::api::{
+    Collection, CollectionStatus, GC, QUOTA, QuotaRequest, SCRUB, ScrubStatus, USAGE, Usage,
+};
 use serde::Serialize;
 use serde_json::json;
 use std::time::Duration;
@@ -42,6 +44,17 @@ enum RegistryCommand {
         #[arg(long, value_name = "NAME")]
         member: Option<String>,
     },
+    /// Show what each template takes on a member's disk, compressed, each chunk once
+    Usage,
+    /// Set how much may be stored: of all templates, or of one. Pushes that would exceed it are refused
+    Quota {
+        /// A size such as 200GiB, or "none"
+        #[arg(value_name = "SIZE")]
+        size: String,
+        /// Only of this template, by name; it need not be there yet
+        #[arg(long, value_name = "NAME")]
+        template: Option<String>,
+    },
 }
 
 /// A member's answer, or why there is none.
@@ -71,7 +84,60 @@ pub async fn run(args: RegistryArgs, endpoints: &[String], output: Output) -> an
             let lost = |s: &ScrubStatus| s.broken.first().cloned();
             all_well(&rows, lost)
         }
+        RegistryCommand::Usage => {
+            let usage: Usage = any(endpoints).await?.get(USAGE).await?;
+            Ok(table::emit(output, &usage, draw_usage)?)
+        }
+        RegistryCommand::Quota { size, template } => {
+            let bytes =
+                match size.as_str() {
+                    "none" => None,
+                    text => Some(crate::space::bytes(text).with_context(|| {
+                        format!("{text}: give a size such as 200GiB, or \"none\"")
+                    })?),
+                };
+            let template = template.unwrap_or_default();
+            let asked = QuotaRequest { template, bytes };
+            let usage: Usage = any(endpoints).await?.put(QUOTA, &asked).await?;
+            Ok(table::emit(output, &usage, draw_usage)?)
+        }
     }
+}
+
+/// Of any member's registry.
+async fn any(endpoints: &[String]) -> anyhow::Result<ApiClient> {
+    let members = members(endpoints, None).await?;
+    let urls: Vec<String> = members.into_iter().map(|m| m.registry_url).collect();
+    Ok(ApiClient::new(&urls)?)
+}
+
+fn draw_usage(usage: &Usage) -> Table {
+    let mut table = Table::new(&["TEMPLATE", "SIZE", "STORED", "UNIQUE", "QUOTA", "TAGS"]);
+    let quota = |quota: Option<u64>| quota.map(table::bytes).unwrap_or_default();
+    for of in &usage.templates {
+        table.row([
+            of.name.clone(),
+            table::bytes(of.logical_bytes),
+            table::bytes(of.stored_bytes),
+            table::bytes(of.unique_bytes),
+            quota(of.quota),
+            of.tags.len().to_string(),
+        ]);
+    }
+    let there = |name: &String| usage.templates.iter().any(|t| t.name == *name);
+    for (name, bytes) in &usage.quotas {
+        if !name.is_empty() && !there(name) {
+            let bytes = table::bytes(*bytes);
+            table.row([name, "", "", "", &bytes, "0"].map(str::to_owned));
+        }
+    }
+    let all = table::bytes(usage.stored_bytes);
+    let incomplete = match usage.whole {
+        true => "",
+        false => "this member does not hold everything yet",
+    };
+    table.row(["(all)", "", &all, "", &quota(usage.quota), incomplete].map(str::to_owned));
+    table
 }
 
 async fn members(endpoints: &[String], only: Option<&str>) -> anyhow::Result<Vec<MemberRow>> {
@@ -269,6 +335,9 @@ mod tests {
             "x gc --dry-run --member c1",
             "x scrub",
             "x scrub --now",
+            "x usage",
+            "x quota 200GiB",
+            "x quota none --template ci",
         ] {
             Cli::try_parse_from(line.split(' '))
                 .map(|c| c.args)

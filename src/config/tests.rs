@@ -235,3 +235,26 @@ fn upkeep_has_defaults_and_refuses_nonsense() {
             .contains("--scrub-rate")
     );
 }
+
+#[test]
+fn rates_are_sizes_and_nothing_is_no_limit() {
+    let rates = |gc: Option<&str>, replicate: Option<&str>| {
+        let mut args = args("c1=http://h:1");
+        args.gc_rate = gc.map(str::to_owned);
+        args.replicate_rate = replicate.map(str::to_owned);
+        let upkeep = args.resolve().map(|c| c.upkeep).map_err(|e| e.0)?;
+        Ok::<_, String>((upkeep.collect.rate, upkeep.replicate_rate))
+    };
+    assert_eq!(rates(None, None), Ok((64 << 20, 0)));
+    assert_eq!(rates(Some("0"), Some("10MiB")), Ok((0, 10 << 20)));
+    assert!(
+        rates(Some("slow"), None)
+            .unwrap_err()
+            .contains("--gc-rate slow")
+    );
+    assert!(
+        rates(None, Some("-1"))
+            .unwrap_err()
+            .contains("--replicate-rate -1")
+    );
+}

@@ -21,7 +21,7 @@ impl Serialize for TemplateList<'_> {
             .templates
             .values()
             .filter(|t| t.latest().is_some());
-        serializer.collect_seq(visible.map(|t| Item::new(t, self.short)))
+        serializer.collect_seq(visible.map(|t| Item::new(self.state, t, self.short)))
     }
 }
 
@@ -33,19 +33,18 @@ struct Item<'a> {
     size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     arch: Option<&'a str>,
-    /// Pulls are not recorded.
     last_pull: u64,
     last_push: u64,
 }
 
 impl<'a> Item<'a> {
-    fn new(template: &'a Template, short: bool) -> Self {
+    fn new(state: &State, template: &'a Template, short: bool) -> Self {
         Self {
             id: template.id.as_str(),
             name: &template.name,
             size: (!short).then(|| size(template)),
             arch: (!short).then(|| arch(template)),
-            last_pull: 0,
+            last_pull: last_pull(state, template),
             last_push: last_push(template),
         }
     }
@@ -58,7 +57,6 @@ pub struct TemplateView<'a> {
     name: &'a str,
     size: u64,
     arch: &'a str,
-    /// Pulls are not recorded.
     last_pull: u64,
     last_push: u64,
     versions: Vec<TagView<'a>>,
@@ -66,16 +64,19 @@ pub struct TemplateView<'a> {
 
 impl<'a> TemplateView<'a> {
     /// `None` while no tag is visible.
-    pub fn new(template: &'a Template) -> Option<Self> {
+    pub fn new(state: &State, template: &'a Template) -> Option<Self> {
         template.latest()?;
         Some(Self {
             id: template.id.as_str(),
             name: &template.name,
             size: size(template),
             arch: arch(template),
-            last_pull: 0,
+            last_pull: last_pull(state, template),
             last_push: last_push(template),
-            versions: template.visible_tags().map(TagView::new).collect(),
+            versions: template
+                .visible_tags()
+                .map(|tag| TagView::new(tag, pulled(state, template, tag.number)))
+                .collect(),
         })
     }
 }
@@ -92,7 +93,6 @@ struct TagView<'a> {
     description: &'a str,
     size: u64,
     arch: &'a str,
-    /// Pulls are not recorded.
     last_pull: u64,
     last_push: u64,
     creation_date: u64,
@@ -101,7 +101,7 @@ struct TagView<'a> {
 }
 
 impl<'a> TagView<'a> {
-    fn new(tag: &'a Tag) -> Self {
+    fn new(tag: &'a Tag, last_pull: u64) -> Self {
         let content = &tag.content;
         Self {
             number: tag.number,
@@ -114,7 +114,7 @@ impl<'a> TagView<'a> {
             description: &content.description,
             size: content.size,
             arch: &content.arch,
-            last_pull: 0,
+            last_pull,
             last_push: tag.created_ms / 1000,
             creation_date: tag.created_ms / 1000,
             manifest: content.manifest.to_string(),
@@ -141,4 +141,16 @@ fn last_push(template: &Template) -> u64 {
         .max()
         .unwrap_or(0)
         / 1000
+}
+
+/// When a tag was last pulled, in seconds since the Unix epoch; 0: never, as far as is known.
+fn pulled(state: &State, template: &Template, number: u32) -> u64 {
+    let at = state.pulls.get(&(template.id.clone(), number));
+    at.copied().unwrap_or(0) / 1000
+}
+
+fn last_pull(state: &State, template: &Template) -> u64 {
+    let of = |number| (template.id.clone(), number);
+    let pulls = state.pulls.range(of(0)..=of(u32::MAX));
+    pulls.map(|(_, at)| *at).max().unwrap_or(0) / 1000
 }

@@ -485,7 +485,7 @@ fn templates_are_listed_once_a_tag_is_visible() {
         .unwrap()
     };
     assert_eq!(list(&hidden, false), json!([]));
-    assert!(TemplateView::new(&hidden.state.templates[&"t1".into()]).is_none());
+    assert!(TemplateView::new(&hidden.state, &hidden.state.templates[&"t1".into()]).is_none());
     let cloud = Cloud::default()
         .with_template("v1", "arm64", 1)
         .with_template("v2", "arm64", 1);
@@ -496,7 +496,7 @@ fn templates_are_listed_once_a_tag_is_visible() {
     assert_eq!(list(&cloud, false), json!([long]));
     let short = json!([{"id": "t1", "name": "debian", "last_pull": 0, "last_push": s}]);
     assert_eq!(list(&cloud, true), short);
-    let view = TemplateView::new(&cloud.state.templates[&"t1".into()]).unwrap();
+    let view = TemplateView::new(&cloud.state, &cloud.state.templates[&"t1".into()]).unwrap();
     let shown = serde_json::to_value(view).unwrap();
     let tag = |number: u32, name: &str| {
         json!({

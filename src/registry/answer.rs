@@ -10,11 +10,15 @@ use http_body_util::{BodyExt, Limited};
 use mainstay_model::Refusal;
 use mainstay_raft::GroupError;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// Longest JSON body of a request.
 const BODY_MAX: usize = 1 << 20;
+/// It must arrive within this; tests of slow ones shall not be slow.
+const BODY_TIME_MAX: Duration = Duration::from_secs(if cfg!(test) { 6 } else { 30 });
 
 #[derive(Serialize)]
 struct Envelope<T> {
@@ -155,12 +159,26 @@ pub(super) fn collapse_slashes(mut request: Request) -> Request {
 
 /// A request's whole body, at most 1 MiB.
 pub(super) async fn read_body(body: Body) -> Result<Vec<u8>, Refused> {
-    match Limited::new(body, BODY_MAX).collect().await {
-        Ok(collected) => Ok(collected.to_bytes().to_vec()),
-        Err(e) => Err(bad(format!(
+    let body = Limited::new(body, BODY_MAX).collect();
+    match tokio::time::timeout(BODY_TIME_MAX, body).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes().to_vec()),
+        Ok(Err(e)) => Err(bad(format!(
             "the body could not be read (at most {BODY_MAX} bytes): {e}"
         ))),
+        Err(_) => Err(fail(StatusCode::REQUEST_TIMEOUT, "the body is too slow")),
     }
+}
+
+/// A body that is a JSON object; `what` names it. (An array would be taken for one with its members in
+/// order.)
+pub(super) async fn read_object<T: DeserializeOwned>(body: Body, what: &str) -> Result<T, Refused> {
+    let bytes = read_body(body).await?;
+    let value: Value = serde_json::from_str(&String::from_utf8_lossy(&bytes))
+        .map_err(|e| bad(format!("not {what}: {e}")))?;
+    if !value.is_object() {
+        return Err(bad(format!("not {what}: the body must be a JSON object")));
+    }
+    serde_json::from_value(value).map_err(|e| bad(format!("not {what}: {e}")))
 }
 
 /// Parameters from query and JSON body alike; the body wins. Empty and `null` are absent.

@@ -11,16 +11,22 @@
 //! member may hold, removes nothing.
 
 use super::answer::{self, Answer, Params, ok};
+use super::pace::Pace;
 use super::roots::{self, Kept, Roots};
 use super::{RegistryService, Service};
+use crate::app::Consistency;
 use crate::stamp;
 use axum::extract::{Request, State};
 use mainstay_agent::transfer::api::{Collection, CollectionStatus};
+use mainstay_model::feature::TAG_NOTES;
 use mainstay_storage::chunks::Survey;
 use parking_lot::Mutex;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::time::Instant;
+
+/// A pause of the pace is looked at this often.
+const PAUSE_STEP: Duration = Duration::from_millis(50);
 
 /// When to collect, and what.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +35,8 @@ pub struct CollectConfig {
     pub grace: Duration,
     /// Pause between two runs; `None`: only when asked to.
     pub every: Option<Duration>,
+    /// Bytes a second at which chunks are copied out of packs that go; 0: no limit.
+    pub rate: u64,
 }
 
 /// What the collector tells.
@@ -140,14 +148,26 @@ async fn run_once(
         service.damage.notify_one();
     }
     report.applied = service.catalog.watch().borrow().applied;
+    let features = |state: &mainstay_model::State| state.features;
+    let features = service.catalog.take(Consistency::Stale, features).await;
+    if features.is_ok_and(|level| level >= TAG_NOTES) {
+        // Older releases, which would not take the list away, do not start any more.
+        service.chunks.keep_ages();
+    }
     let grace = service.collect.grace;
     let chunks = service.chunks.clone();
+    let pace = Pace::new(service.collect.rate);
+    // Gone when this run is: a member that stops does not wait for the pace.
+    let running = Arc::new(());
+    let wanted = Arc::downgrade(&running);
     let swept = tokio::task::spawn_blocking(move || -> mainstay_storage::Result<_> {
         let survey = chunks.survey(&mark, grace);
         let before = chunks.stats().pack_bytes;
         let swept = match dry_run {
             true => None,
-            false => Some(chunks.sweep(&mark, grace)?),
+            false => Some(chunks.sweep_paced(&mark, grace, &|bytes| {
+                wait_while(&wanted, pace.spend(bytes))
+            })?),
         };
         let after = chunks.stats();
         Ok((survey, swept, before, after))
@@ -156,6 +176,7 @@ async fn run_once(
         .await
         .map_err(|e| e.to_string())?
         .map_err(|e| answer::chain(&e))?;
+    drop(running);
     describe(report, &survey);
     if let Some(swept) = swept {
         report.removed_chunks = swept.removed.chunks;
@@ -169,6 +190,21 @@ async fn run_once(
         report.pack_bytes = after.pack_bytes;
     }
     Ok(())
+}
+
+/// So long, in small steps, as long as someone wants the result. Blocks.
+fn wait_while(wanted: &Weak<()>, pause: Duration) -> bool {
+    let until = std::time::Instant::now() + pause;
+    loop {
+        if wanted.strong_count() == 0 {
+            return false;
+        }
+        let left = until.saturating_duration_since(std::time::Instant::now());
+        if left.is_zero() {
+            return true;
+        }
+        std::thread::sleep(left.min(PAUSE_STEP));
+    }
 }
 
 fn describe(report: &mut Collection, survey: &Survey) {

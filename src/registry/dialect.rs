@@ -70,8 +70,8 @@ impl RegistryService {
         };
         let id = TemplateId::from(id);
         let find = |state: &model::State| {
-            let view = state.templates.get(&id).and_then(TemplateView::new);
-            view.as_ref().map(to_json)
+            let template = state.templates.get(&id)?;
+            TemplateView::new(state, template).as_ref().map(to_json)
         };
         let found = self.catalog.take(Consistency::Linearizable, find).await?;
         found
@@ -84,6 +84,84 @@ impl RegistryService {
 fn to_json<T: Serialize>(view: &T) -> Value {
     // Plain structs with text keys always have a JSON form.
     serde_json::to_value(view).unwrap_or_default()
+}
+
+/// `GET /registry/vm/info?id=`: the machine that a tag describes; the latest tag if none is named.
+pub(super) async fn info(State(service): Service, request: Request) -> Answer {
+    let params = Params::from_query(request.uri());
+    let id = params.get("id").ok_or_else(|| bad("id is missing"))?;
+    let id = TemplateId::from(id);
+    let number: Option<u32> = params.number("version")?.or(params.number("number")?);
+    let name = params.get("tag");
+    let find = |state: &model::State| {
+        let template = state.templates.get(&id)?;
+        template.latest()?;
+        let fits = |tag: &&model::template::Tag| match (name, number) {
+            (Some(name), _) => tag.name == name,
+            (None, Some(number)) => tag.number == number,
+            (None, None) => true,
+        };
+        let tag = template.visible_tags().rfind(fits);
+        Some(tag.map(|tag| machine_of(template, tag)))
+    };
+    let found = service
+        .catalog
+        .take(Consistency::Linearizable, find)
+        .await?;
+    match found {
+        None => Err(fail(StatusCode::OK, "Not found")),
+        Some(None) => {
+            let wanted = name.map_or_else(|| number.unwrap_or(0).to_string(), str::to_owned);
+            Err(bad(format!("No such tag {wanted}")))
+        }
+        Some(Some(info)) => Ok(ok(info)),
+    }
+}
+
+/// What an instance of it is given unless it asks for something else.
+fn machine_of(template: &model::template::Template, tag: &model::template::Tag) -> Value {
+    let rule = |rule: &model::instance::PortRule| {
+        json!({
+            "rule_name": rule.name, "guest_port": rule.guest_port, "host_port": rule.host_port,
+            "protocol": "tcp",
+        })
+    };
+    let rules: Vec<Value> = tag.content.forwards.iter().map(rule).collect();
+    json!({
+        "name": template.name,
+        "uuid": template.id.as_str(),
+        "version": tag.name,
+        "arch": tag.content.arch,
+        "ram": format!("{}G", model::limits::DEFAULT_VRAM_MB / 1024),
+        "cpu": {"cores": model::limits::DEFAULT_VCPU},
+        "hard_drives": [{"file": tag.content.disk, "format": tag.content.format, "size": tag.content.size}],
+        "network_cards": [{"mode": "shared", "port_forwarding_rules": rules}],
+        "display": {},
+        "nvram": false,
+        "state_file": "",
+        "firmware": "",
+        "usb": [],
+    })
+}
+
+/// `PUT /registry/vm/arch`: the architecture of the latest tag, by hand.
+pub(super) async fn set_arch(State(service): Service, request: Request) -> Answer {
+    let params = Params::read(request).await?;
+    let id = params.get("id").ok_or_else(|| bad("id is missing"))?;
+    let arch = params.get("arch").ok_or_else(|| bad("arch is missing"))?;
+    if !matches!(arch, "amd64" | "arm64") {
+        return Err(bad(format!(
+            "arch {arch:?} is not known, amd64 and arm64 are"
+        )));
+    }
+    service
+        .submit(Command::DescribeTag {
+            id: TemplateId::from(id),
+            selector: None,
+            arch: Some(arch.to_owned()),
+            description: None,
+        })
+        .await
 }
 
 /// `DELETE /registry/vm?id=`: the template with all its tags.

@@ -1,12 +1,18 @@
 //! Chunks from other members, over the peer port. What arrives is verified and durable before it
 //! counts; who sends wrong bytes is passed over.
 
+use super::pace::Pace;
 use super::{RegistryService, transfer};
 use mainstay_agent::transfer::{Id, api, read_records};
 use mainstay_model::MemberId;
 use mainstay_storage::chunks::ChunkId;
 use std::time::Duration;
+use tokio::time::Instant;
 
+/// Longest wait for a peer's word which chunks it holds, and for how long one that was slower is not
+/// asked again: a push must not wait for a member that hangs.
+const WORD_MAX: Duration = Duration::from_secs(1);
+const SHY: Duration = Duration::from_secs(30);
 /// Longest time until a peer's answer begins.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 
@@ -14,6 +20,16 @@ impl RegistryService {
     /// Get these chunks from the first of `sources` that has each; those that nobody had, with
     /// what each source said.
     pub(super) async fn fetch(&self, ids: &[Id], sources: &[MemberId]) -> (Vec<Id>, Vec<String>) {
+        self.fetch_at(ids, sources, None).await
+    }
+
+    /// The same at a pace.
+    pub(super) async fn fetch_at(
+        &self,
+        ids: &[Id],
+        sources: &[MemberId],
+        pace: Option<&Pace>,
+    ) -> (Vec<Id>, Vec<String>) {
         let mut rest: Vec<Id> = self.lacking(ids);
         let mut said = Vec::new();
         if let Err(why) = (self.room)() {
@@ -24,9 +40,16 @@ impl RegistryService {
             if rest.is_empty() {
                 break;
             }
-            if let Err(why) = self.fetch_from(source, &rest).await {
-                tracing::warn!(%source, why, "could not fetch chunks from a member");
-                said.push(format!("{source}: {why}"));
+            match self.fetch_from(source, &rest).await {
+                Ok(bytes) => {
+                    if let Some(pace) = pace {
+                        tokio::time::sleep(pace.spend(bytes)).await;
+                    }
+                }
+                Err(why) => {
+                    tracing::warn!(%source, why, "could not fetch chunks from a member");
+                    said.push(format!("{source}: {why}"));
+                }
             }
             let before = rest.len();
             rest = self.lacking(&rest);
@@ -64,7 +87,8 @@ impl RegistryService {
             .collect()
     }
 
-    async fn fetch_from(&self, source: MemberId, ids: &[Id]) -> Result<(), String> {
+    /// The bytes that came, as sent.
+    async fn fetch_from(&self, source: MemberId, ids: &[Id]) -> Result<u64, String> {
         let path = format!("{}?local=1", api::CHUNKS_GET);
         let request = self
             .peers
@@ -81,6 +105,8 @@ impl RegistryService {
         let records = read_records(response, ids)
             .await
             .map_err(|e| e.to_string())?;
+        let bytes = records.iter().map(|r| r.framed_len() as u64).sum();
+        self.counts.fetched(records.len() as u64, bytes);
         let records = records
             .into_iter()
             .map(transfer::to_stored)
@@ -90,6 +116,48 @@ impl RegistryService {
         tokio::task::spawn_blocking(put)
             .await
             .map_err(|e| e.to_string())?
-            .map(|_| ())
+            .map(|_| bytes)
+    }
+
+    /// Those of these chunks that this member lacks although it looked for them at the others: what a
+    /// client would send is fetched from who has it already.
+    pub(super) async fn bring_what_others_have(&self, ids: &[Id]) {
+        let Ok(_turn) = self.read_through.try_acquire() else {
+            return;
+        };
+        let asked = self.sources(&[], 0).into_iter().map(|member| async move {
+            let held = self.held_by(member, ids).await;
+            (member, held)
+        });
+        for (member, held) in futures::future::join_all(asked).await {
+            let held = self.lacking(&held);
+            if !held.is_empty() {
+                self.fetch(&held, &[member]).await;
+            }
+        }
+    }
+
+    /// Those of these chunks that a member says it holds; none of one that is slow to say so.
+    async fn held_by(&self, member: MemberId, ids: &[Id]) -> Vec<Id> {
+        let now = Instant::now();
+        if self.shy.lock().get(&member).is_some_and(|at| *at > now) {
+            return Vec::new();
+        }
+        let path = format!("{}?local=1", api::MISSING);
+        let Some(request) = self.peers.request(reqwest::Method::POST, member, &path) else {
+            return Vec::new();
+        };
+        let answered = async {
+            let response = request.body(ids.concat()).send().await.ok()?;
+            let answered = response.status().is_success();
+            let flags = response.bytes().await.ok()?;
+            (answered && flags.len() == ids.len()).then_some(flags)
+        };
+        let Ok(Some(flags)) = tokio::time::timeout(WORD_MAX, answered).await else {
+            self.shy.lock().insert(member, Instant::now() + SHY);
+            return Vec::new();
+        };
+        let held = ids.iter().zip(flags).filter(|(_, lacking)| *lacking == 0);
+        held.map(|(id, _)| *id).collect()
     }
 }

@@ -6,6 +6,9 @@
 //! * `publish`: from chunks to a tag.
 //! * `walk`: what a manifest reaches, and what of it is lacking here.
 //! * `fetch`: chunks from other members.
+//! * `admit`: would a push fit? asked before its bytes are sent. `usage`: what tags weigh, and quotas.
+//! * `pulls`: when tags were last pulled.
+//! * `pace`: limits of bytes a second.
 //! * `replicate`: makes this member hold every tag; `replicas` shows how far that is.
 //! * `roots`: what must stay; `collect`: gives back the room of everything else.
 //! * `scrub`: finds what the disk has spoilt.
@@ -17,13 +20,16 @@
 //! push -> chunks durable here -> PublishTag -> peers see it, fetch, verify, fsync -> ReportHeld -> visible
 //! ```
 
+mod admit;
 mod answer;
 mod catalog;
 mod collect;
 mod dialect;
 mod fetch;
 mod oci;
+mod pace;
 mod publish;
+mod pulls;
 mod replicas;
 mod replicate;
 mod roots;
@@ -31,6 +37,7 @@ mod scrub;
 #[cfg(test)]
 mod tests;
 mod transfer;
+mod usage;
 mod walk;
 
 pub use catalog::Catalog;
@@ -39,7 +46,7 @@ pub use scrub::ScrubConfig;
 
 use axum::Router;
 use axum::routing::{delete, get, post, put};
-use mainstay_agent::transfer::api::{self, CollectionStatus, ScrubStatus};
+use mainstay_agent::transfer::api::{self, CollectionStatus, ScrubStatus, Usage};
 use mainstay_model::MemberId;
 use mainstay_storage::blobs::BlobNames;
 use mainstay_storage::chunks::{ChunkStats, ChunkStore};
@@ -74,6 +81,17 @@ pub trait PeerHttp: Send + Sync + 'static {
 /// May more chunks be stored? Asked before each batch; if not: why, and what to do.
 pub type Room = dyn Fn() -> Result<(), String> + Send + Sync;
 
+/// Bytes that may still be stored before [`Room`] says no, if that can be told.
+pub type Left = dyn Fn() -> Option<u64> + Send + Sync;
+
+/// The disk, as far as the registry asks it.
+pub struct Disk {
+    /// Asked before anything is stored: the log on the same disk must never find it full.
+    pub may_store: Box<Room>,
+    /// Asked before a push begins.
+    pub left: Box<Left>,
+}
+
 /// What a handler is given.
 type Service = axum::extract::State<Arc<RegistryService>>;
 
@@ -84,6 +102,8 @@ pub struct Upkeep {
     pub collect: CollectConfig,
     /// Its scrubber.
     pub scrub: ScrubConfig,
+    /// Bytes a second at which it copies tags from other members; 0: no limit.
+    pub replicate_rate: u64,
 }
 
 impl Default for Upkeep {
@@ -92,11 +112,13 @@ impl Default for Upkeep {
             collect: CollectConfig {
                 grace: Duration::from_secs(24 * 3600),
                 every: Some(Duration::from_secs(3600)),
+                rate: 64 << 20,
             },
             scrub: ScrubConfig {
                 rate: 16 << 20,
                 every: Duration::from_secs(7 * 24 * 3600),
             },
+            replicate_rate: 0,
         }
     }
 }
@@ -112,6 +134,23 @@ pub struct Figures {
     pub scrubs: ScrubStatus,
     /// Tags that this member held and that are not whole any more.
     pub broken_tags: u64,
+    /// What replication did and has to do.
+    pub replication: ReplicationFigures,
+}
+
+/// What one member's replication did since its start, and has to do now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReplicationFigures {
+    /// Tags and artifacts that it does not hold yet.
+    pub lacking: u64,
+    /// Chunks fetched from other members, and their bytes as sent.
+    pub fetched_chunks: u64,
+    /// See above.
+    pub fetched_bytes: u64,
+    /// Looks at all tags; else only those that changed are looked at.
+    pub whole_looks: u64,
+    /// Tags and artifacts looked at.
+    pub looked_at: u64,
 }
 
 /// One member's registry.
@@ -130,6 +169,15 @@ pub struct RegistryService {
     sums: Semaphore,
     read_through: Semaphore,
     room: Box<Room>,
+    left: Box<Left>,
+    /// How fast tags are copied.
+    pace: pace::Pace,
+    counts: replicate::Counts,
+    pulls: pulls::Pulls,
+    /// What everything weighed, and when.
+    weights: Mutex<Option<(u64, Arc<Usage>)>>,
+    /// Members that did not say in time what they hold, and until when they are not asked.
+    shy: Mutex<BTreeMap<MemberId, tokio::time::Instant>>,
     progress: replicas::ProgressMap,
     /// A stored chunk turned out damaged: what we say we hold must be checked again.
     damage: Notify,
@@ -143,15 +191,14 @@ pub struct RegistryService {
 }
 
 impl RegistryService {
-    /// The registry of `member`. `version` is shown by `/registry/status`; `room` is asked before
-    /// anything is stored: the log on the same disk must never find it full.
+    /// The registry of `member`. `version` is shown by `/registry/status`.
     pub fn new(
         catalog: Arc<dyn Catalog>,
         stores: (ChunkStore, BlobNames),
         member: MemberId,
         peers: Arc<dyn PeerHttp>,
         version: String,
-        room: Box<Room>,
+        disk: Disk,
         upkeep: Upkeep,
     ) -> Arc<Self> {
         let (chunks, names) = stores;
@@ -167,7 +214,13 @@ impl RegistryService {
             writers: Semaphore::new(WRITERS_MAX),
             walks: Semaphore::new(WALKS_MAX),
             sums: Semaphore::new(1),
-            room,
+            room: disk.may_store,
+            left: disk.left,
+            pace: pace::Pace::new(upkeep.replicate_rate),
+            counts: replicate::Counts::default(),
+            pulls: pulls::Pulls::default(),
+            weights: Mutex::new(None),
+            shy: Mutex::default(),
             read_through: Semaphore::new(READ_THROUGH_MAX),
             progress: replicas::ProgressMap::default(),
             damage: Notify::new(),
@@ -187,7 +240,11 @@ impl RegistryService {
 
     /// Give room back and verify what is stored. Runs until it is dropped; spawn it once.
     pub async fn look_after(self: Arc<Self>) {
-        tokio::join!(collect::run(Arc::clone(&self)), scrub::run(self));
+        tokio::join!(
+            collect::run(Arc::clone(&self)),
+            pulls::run(Arc::clone(&self)),
+            scrub::run(self)
+        );
     }
 
     /// What it holds, and how that is looked after.
@@ -197,6 +254,7 @@ impl RegistryService {
             collections: self.collector.status(),
             scrubs: self.scrubber.status(),
             broken_tags: self.broken.lock().len() as u64,
+            replication: self.counts.figures(),
         }
     }
 
@@ -228,7 +286,10 @@ fn transfer_router(service: Arc<RegistryService>) -> Router {
         .route(api::CHUNKS, put(transfer::receive).post(transfer::receive))
         .route(api::CHUNKS_GET, post(transfer::send))
         .route(api::PUBLISH, post(publish::publish))
-        .route(api::TAG, get(publish::look_up))
+        .route(api::TAG, get(publish::look_up).delete(publish::delete_tag))
+        .route(api::ADMIT, post(admit::admit))
+        .route(api::USAGE, get(usage::show))
+        .route(api::QUOTA, put(usage::set_quota))
         .route(api::REPLICAS, get(replicas::list))
         .route(api::GC, get(collect::status).post(collect::start))
         .route(api::SCRUB, get(scrub::status).post(scrub::start))
@@ -249,6 +310,8 @@ pub fn registry_router(service: Arc<RegistryService>) -> Router {
             "/registry/v2/vm",
             get(dialect::list_v2).delete(dialect::delete),
         )
+        .route("/registry/vm/info", get(dialect::info))
+        .route("/registry/vm/arch", put(dialect::set_arch))
         .route("/registry/revert", delete(dialect::revert))
         .route("/registry/disk", get(dialect::disk))
         .with_state(Arc::clone(&service));

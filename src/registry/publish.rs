@@ -11,7 +11,7 @@ use axum::extract::{Request, State};
 use http::StatusCode;
 use mainstay_agent::transfer::api::{Durability, PublishRequest, TagInfo};
 use mainstay_agent::transfer::{Manifest, hex_id};
-use mainstay_model::command::TagContent;
+use mainstay_model::command::{TagContent, TagSelector};
 use mainstay_model::ids::Digest;
 use mainstay_model::instance::PortRule;
 use mainstay_model::template::{Tag, Template};
@@ -48,6 +48,31 @@ pub(super) async fn look_up(
         .wait_visible(&which, wait, Consistency::Linearizable)
         .await?;
     tag.map(ok).ok_or_else(|| fail(StatusCode::OK, "Not found"))
+}
+
+/// `DELETE tag`: one tag, visible or not, and no other.
+pub(super) async fn delete_tag(
+    State(service): State<Arc<RegistryService>>,
+    request: Request,
+) -> Answer {
+    let params = Params::read(request).await?;
+    let which = Which::from(&params)?;
+    if which.tag.is_none() && which.number.is_none() {
+        return Err(bad("tag or number is missing: which tag shall go?"));
+    }
+    let find = |state: &mainstay_model::State| {
+        let (template, tag) = which.find(state)?;
+        Some((template.id.clone(), tag.number))
+    };
+    let found = service
+        .catalog
+        .take(Consistency::Linearizable, find)
+        .await?;
+    let (id, number) = found.ok_or_else(|| fail(StatusCode::OK, "Not found"))?;
+    let selector = TagSelector::Number(number);
+    let command = Command::DeleteTag { id, selector };
+    service.catalog.submit(stamp::command_id(), command).await?;
+    Ok(answer::done())
 }
 
 /// How a request names a tag.
@@ -108,9 +133,8 @@ fn info(template: &Template, tag: &Tag) -> TagInfo {
 
 impl RegistryService {
     async fn publish(&self, request: Request) -> Result<TagInfo, Refused> {
-        let body = answer::read_body(request.into_body()).await?;
-        let request: PublishRequest = serde_json::from_str(&String::from_utf8_lossy(&body))
-            .map_err(|e| bad(format!("not a publish request: {e}")))?;
+        let request: PublishRequest =
+            answer::read_object(request.into_body(), "a publish request").await?;
         check(&request).map_err(bad)?;
         let id = command_id(&request)?;
         let digest = hex_id(&request.manifest).map_err(|e| bad(e.to_string()))?;
@@ -119,6 +143,10 @@ impl RegistryService {
         lease.manifest(digest);
         let manifest = self.whole(digest).await?;
         let content = content(&request, Digest(digest), &manifest)?;
+        let over = self.manifest_over_quota(&request.template, digest).await?;
+        if let Some(why) = over {
+            return Err(fail(StatusCode::OK, why));
+        }
         let voters = voters(&self.catalog.members().await?);
         let copies_needed = copies_needed(request.durability, voters.len())?;
         let command = Command::PublishTag {
@@ -209,7 +237,7 @@ impl RegistryService {
     }
 }
 
-fn copies_needed(durability: Durability, voters: usize) -> Result<u32, Refused> {
+pub(super) fn copies_needed(durability: Durability, voters: usize) -> Result<u32, Refused> {
     let voters = u32::try_from(voters).unwrap_or(u32::MAX);
     if voters == 0 {
         let text = "the member list is not known yet: try again";

@@ -1,5 +1,7 @@
-//! Makes this member hold every tag and every artifact that the state names. Level-triggered: looks at the whole state
-//! again whenever it changed, a copy ended or a pause is over; what it did before does not matter.
+//! Makes this member hold every tag and every artifact that the state names. Driven by what is committed: of
+//! the state only those are looked at that changed since the last look (all of them at the start, after a
+//! snapshot, and when voters came or went). Level-triggered nevertheless: what is to be done follows from
+//! the state alone, what was tried before does not matter.
 //!
 //! ```text
 //! in the state, not ours -> bring (names, then chunks, from holders first) -> walk again -> ReportHeld(true)
@@ -7,14 +9,19 @@
 //! ours and invisible, although enough voters hold it (one got its vote later) -> ReportHeld(true)
 //! ```
 
+use super::pulls::Pulls;
 use super::replicas::{Key, Owner, Progress};
 use super::walk::{Reach, WalkError};
-use super::{RegistryService, answer, catalog};
+use super::{RegistryService, ReplicationFigures, answer, catalog};
 use crate::app::{AppError, Consistency};
 use crate::stamp;
 use futures::StreamExt;
 use mainstay_agent::transfer::Id;
-use mainstay_model::{Command, MemberId, Refusal, State};
+use mainstay_model::artifact::Artifact;
+use mainstay_model::ids::Digest;
+use mainstay_model::state::Owned;
+use mainstay_model::template::Tag;
+use mainstay_model::{Command, MemberId, Refusal, State, TemplateId};
 use mainstay_storage::chunks::ChunkId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -28,15 +35,15 @@ const TAGS_AT_ONCE: usize = 2;
 /// Chunks of one request (8 MiB before compression), and requests at once.
 const BATCH: usize = 128;
 const REQUESTS: usize = 4;
-/// The state may change a thousand times a second; it is looked at no more often than this.
+/// The state may change a thousand times a second; what changed is asked for no more often than this.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// First and longest pause after a failed copy.
 const RETRY_MIN: Duration = Duration::from_millis(250);
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// The state is looked at again after so long even if nothing seems to have changed.
+/// What could not be reported or looked at is tried again after so long even if nothing changed.
 const IDLE_LOOK: Duration = Duration::from_secs(30);
 
-/// What a look at the state says is to be done.
+/// What the state says is to be done; kept from look to look.
 #[derive(Default)]
 struct Todo {
     /// Tags to copy, with their holders.
@@ -45,27 +52,86 @@ struct Todo {
     claimed: BTreeSet<Key>,
     /// Those of them that would be visible if copies were counted now.
     ripe: BTreeSet<Key>,
+    /// Position of the state's journal up to which this is true; `None`: it is not known at all.
+    seen: Option<u64>,
+    /// The voters by whom copies were counted.
+    voters: BTreeSet<MemberId>,
 }
 
-/// Who has one of them.
-struct Copies<'a> {
-    holders: &'a BTreeSet<MemberId>,
+/// What a look found of one tag or artifact.
+struct Entry {
+    key: Key,
+    holders: BTreeSet<MemberId>,
     needed: u32,
     visible: bool,
 }
 
 impl Todo {
-    fn sort(&mut self, key: Key, of: &Copies<'_>, me: MemberId, voters: &BTreeSet<MemberId>) {
-        if !of.holders.contains(&me) {
-            let holders = of.holders.iter().copied().collect();
-            self.lacking.insert(key, holders);
+    /// Forget what was known of it.
+    fn forget(&mut self, owner: &Owner, pulls: &Pulls) {
+        let key = |byte| Key {
+            owner: owner.clone(),
+            manifest: Digest([byte; 32]),
+        };
+        let all = key(0)..=key(u8::MAX);
+        let lacking = self.lacking.range(all.clone()).map(|(key, _)| key);
+        let known: Vec<Key> = lacking.chain(self.claimed.range(all)).cloned().collect();
+        for key in known {
+            if let Owner::Tag { template, number } = owner {
+                pulls.forget(&key.manifest.0, template, *number);
+            }
+            self.lacking.remove(&key);
+            self.claimed.remove(&key);
+            self.ripe.remove(&key);
+        }
+    }
+
+    fn sort(&mut self, entry: Entry, me: MemberId, pulls: &Pulls) {
+        let Entry {
+            key,
+            holders,
+            needed,
+            visible,
+        } = entry;
+        if let Owner::Tag { template, number } = &key.owner {
+            pulls.know(key.manifest.0, template.clone(), *number);
+        }
+        if !holders.contains(&me) {
+            self.lacking.insert(key, holders.into_iter().collect());
             return;
         }
-        let copies = of.holders.intersection(voters).count() as u64;
-        if !of.visible && copies >= u64::from(of.needed) {
+        let copies = holders.intersection(&self.voters).count() as u64;
+        if !visible && copies >= u64::from(needed) {
             self.ripe.insert(key.clone());
         }
         self.claimed.insert(key);
+    }
+}
+
+/// What replication did since the start.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    lacking: AtomicU64,
+    whole_looks: AtomicU64,
+    looked_at: AtomicU64,
+    fetched_chunks: AtomicU64,
+    fetched_bytes: AtomicU64,
+}
+
+impl Counts {
+    pub(super) fn fetched(&self, chunks: u64, bytes: u64) {
+        self.fetched_chunks.fetch_add(chunks, Ordering::Relaxed);
+        self.fetched_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn figures(&self) -> ReplicationFigures {
+        ReplicationFigures {
+            lacking: self.lacking.load(Ordering::Relaxed),
+            fetched_chunks: self.fetched_chunks.load(Ordering::Relaxed),
+            fetched_bytes: self.fetched_bytes.load(Ordering::Relaxed),
+            whole_looks: self.whole_looks.load(Ordering::Relaxed),
+            looked_at: self.looked_at.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -81,16 +147,20 @@ pub(super) async fn run(service: Arc<RegistryService>) {
     let mut copies: JoinSet<(Key, Result<(), String>)> = JoinSet::new();
     let mut pauses: BTreeMap<Key, Pause> = BTreeMap::new();
     let mut checked: BTreeSet<Key> = BTreeSet::new();
+    let mut todo = Todo::default();
+    // Everything that follows from the state was done, or begun.
+    let mut settled = false;
     loop {
         changes.borrow_and_update();
-        if let Ok(todo) = look(&service).await {
-            checked.retain(|key| todo.claimed.contains(key));
-            let wanted = |key: &Key| todo.claimed.contains(key) || todo.lacking.contains_key(key);
-            service.broken.lock().retain(|key, _| wanted(key));
-            check_claims(&service, &todo, &mut checked).await;
-            say_again(&service, &todo, &checked).await;
-            service.progress.keep(&todo.lacking);
-            pauses.retain(|key, _| todo.lacking.contains_key(key));
+        if let Ok(changed) = look(&service, &mut todo).await {
+            if changed {
+                tidy(&service, &todo, &mut checked);
+                pauses.retain(|key, _| todo.lacking.contains_key(key));
+            }
+            if changed || !settled {
+                let said = check_claims(&service, &todo, &mut checked).await;
+                settled = say_again(&service, &todo, &checked).await && said;
+            }
             start(&service, &todo, &pauses, &mut copies);
         }
         let wake = pauses
@@ -106,58 +176,135 @@ pub(super) async fn run(service: Arc<RegistryService>) {
                 Err(_) => return,
             },
             Some(ended) = copies.join_next() => ended_copy(&service, ended, &mut pauses),
-            () = service.damage.notified() => checked.clear(),
-            () = tokio::time::sleep_until(wake) => {}
+            () = service.damage.notified() => {
+                checked.clear();
+                settled = false;
+            }
+            () = tokio::time::sleep_until(wake) => settled = false,
         }
     }
 }
 
-async fn look(service: &RegistryService) -> Result<Todo, AppError> {
-    let me = service.member;
-    let voters = catalog::voters(&service.catalog.watch().borrow());
-    let take = |state: &State| {
-        let mut todo = Todo::default();
-        for template in state.templates.values() {
-            for tag in template.tags.values() {
-                let key = Key {
-                    owner: Owner::Tag {
-                        template: template.id.clone(),
-                        number: tag.number,
-                    },
-                    manifest: tag.content.manifest,
-                };
-                let copies = Copies {
-                    holders: &tag.holders,
-                    needed: tag.copies_needed,
-                    visible: tag.visible,
-                };
-                todo.sort(key, &copies, me, &voters);
-            }
-        }
-        for (name, repository) in &state.repositories {
-            for artifact in repository.artifacts.values() {
-                let key = Key {
-                    owner: Owner::Artifact {
-                        repository: name.clone(),
-                        digest: artifact.content.digest,
-                    },
-                    manifest: artifact.content.bundle,
-                };
-                let copies = Copies {
-                    holders: &artifact.holders,
-                    needed: artifact.copies_needed,
-                    visible: artifact.visible(),
-                };
-                todo.sort(key, &copies, me, &voters);
-            }
-        }
-        todo
-    };
-    service.catalog.take(Consistency::Stale, take).await
+/// What is not wanted any more is forgotten, and its copies are told.
+fn tidy(service: &RegistryService, todo: &Todo, checked: &mut BTreeSet<Key>) {
+    checked.retain(|key| todo.claimed.contains(key));
+    let wanted = |key: &Key| todo.claimed.contains(key) || todo.lacking.contains_key(key);
+    service.broken.lock().retain(|key, _| wanted(key));
+    service.progress.keep(&todo.lacking);
+    let lacking = todo.lacking.len() as u64;
+    service.counts.lacking.store(lacking, Ordering::Relaxed);
 }
 
-/// Take back what we said we hold and do not: a lost or damaged disk must not count as a copy.
-async fn check_claims(service: &Arc<RegistryService>, todo: &Todo, checked: &mut BTreeSet<Key>) {
+/// What of the state changed since the last look; `false`: nothing.
+async fn look(service: &RegistryService, todo: &mut Todo) -> Result<bool, AppError> {
+    let voters = catalog::voters(&service.catalog.watch().borrow());
+    let same = voters == todo.voters;
+    let seen = todo.seen.filter(|_| same);
+    let take = |state: &State| {
+        let (now, changed) = state.owned_since(seen.unwrap_or(0));
+        match changed.filter(|_| seen.is_some()) {
+            Some(changed) => {
+                let entries = changed.iter().filter_map(|owned| entry_of(state, owned));
+                let entries: Vec<Entry> = entries.collect();
+                (now, entries, Some(changed))
+            }
+            None => (now, all_entries(state), None),
+        }
+    };
+    let found = service.catalog.take(Consistency::Stale, take).await?;
+    let (now, entries, changed): (u64, Vec<Entry>, Option<Vec<Owned>>) = found;
+    todo.seen = Some(now);
+    todo.voters = voters;
+    let counts = &service.counts;
+    let looked = entries.len() as u64;
+    counts.looked_at.fetch_add(looked, Ordering::Relaxed);
+    let any = changed.as_ref().is_none_or(|changed| !changed.is_empty());
+    match changed {
+        Some(changed) => {
+            for owned in changed {
+                todo.forget(&owner(owned), &service.pulls);
+            }
+        }
+        None => {
+            counts.whole_looks.fetch_add(1, Ordering::Relaxed);
+            todo.lacking.clear();
+            todo.claimed.clear();
+            todo.ripe.clear();
+            service.pulls.forget_all();
+        }
+    }
+    for entry in entries {
+        todo.sort(entry, service.member, &service.pulls);
+    }
+    Ok(any)
+}
+
+fn owner(owned: Owned) -> Owner {
+    match owned {
+        Owned::Tag(template, number) => Owner::Tag { template, number },
+        Owned::Artifact(repository, digest) => Owner::Artifact { repository, digest },
+    }
+}
+
+fn entry_of(state: &State, owned: &Owned) -> Option<Entry> {
+    match owned {
+        Owned::Tag(id, number) => Some(tag_entry(id, state.templates.get(id)?.tags.get(number)?)),
+        Owned::Artifact(name, digest) => {
+            let repository = state.repositories.get(name)?;
+            Some(artifact_entry(name, repository.artifacts.get(digest)?))
+        }
+    }
+}
+
+fn all_entries(state: &State) -> Vec<Entry> {
+    let templates = state.templates.values();
+    let tags = templates.flat_map(|t| t.tags.values().map(|tag| tag_entry(&t.id, tag)));
+    let repositories = state.repositories.iter();
+    let artifacts = repositories.flat_map(|(name, repository)| {
+        let artifacts = repository.artifacts.values();
+        artifacts.map(|artifact| artifact_entry(name, artifact))
+    });
+    tags.chain(artifacts).collect()
+}
+
+fn tag_entry(id: &TemplateId, tag: &Tag) -> Entry {
+    Entry {
+        key: Key {
+            owner: Owner::Tag {
+                template: id.clone(),
+                number: tag.number,
+            },
+            manifest: tag.content.manifest,
+        },
+        holders: tag.holders.clone(),
+        needed: tag.copies_needed,
+        visible: tag.visible,
+    }
+}
+
+fn artifact_entry(name: &str, artifact: &Artifact) -> Entry {
+    Entry {
+        key: Key {
+            owner: Owner::Artifact {
+                repository: name.to_owned(),
+                digest: artifact.content.digest,
+            },
+            manifest: artifact.content.bundle,
+        },
+        holders: artifact.holders.clone(),
+        needed: artifact.copies_needed,
+        visible: artifact.visible(),
+    }
+}
+
+/// Take back what we said we hold and do not: a lost or damaged disk must not count as a copy. `false`:
+/// some could not be looked at, or not be reported, yet.
+async fn check_claims(
+    service: &Arc<RegistryService>,
+    todo: &Todo,
+    checked: &mut BTreeSet<Key>,
+) -> bool {
+    let mut all = true;
     for key in &todo.claimed {
         if checked.contains(key) {
             continue;
@@ -168,7 +315,10 @@ async fn check_claims(service: &Arc<RegistryService>, todo: &Todo, checked: &mut
             Ok(Reach::Names(names)) => service.why_broken(&names),
             Err(WalkError::Invalid(e)) => Some(e.to_string()),
             // The disk cannot say: ask it again later.
-            Err(WalkError::Storage(_)) => continue,
+            Err(WalkError::Storage(_)) => {
+                all = false;
+                continue;
+            }
         };
         let Some(why) = why else {
             service.broken.lock().remove(key);
@@ -179,8 +329,10 @@ async fn check_claims(service: &Arc<RegistryService>, todo: &Todo, checked: &mut
         service.broken.lock().insert(key.clone(), why);
         if let Err(why) = report(service, key, false).await {
             tracing::warn!(why, "could not report a lost copy yet");
+            all = false;
         }
     }
+    all
 }
 
 impl RegistryService {
@@ -202,12 +354,16 @@ impl RegistryService {
 }
 
 /// Copies are counted when one is reported: who got a vote after its report needs to be counted anew.
-async fn say_again(service: &RegistryService, todo: &Todo, checked: &BTreeSet<Key>) {
+/// `false`: some could not be reported yet.
+async fn say_again(service: &RegistryService, todo: &Todo, checked: &BTreeSet<Key>) -> bool {
+    let mut all = true;
     for key in todo.ripe.intersection(checked) {
         if let Err(why) = report(service, key, true).await {
             tracing::warn!(why, "could not report a copy again yet");
+            all = false;
         }
     }
+    all
 }
 
 fn start(
@@ -296,6 +452,7 @@ pub(super) async fn bring(
         let walked = service.walk(manifest).await;
         let known = match walked.map_err(|e| answer::chain(&e))? {
             Reach::Names(names) => {
+                // Few bytes: not worth a word about progress.
                 fetch_all(service, names, holders, turn, None).await?;
                 continue;
             }
@@ -321,12 +478,15 @@ async fn fetch_all(
     progress: Option<&Arc<Progress>>,
 ) -> Result<(), String> {
     let count = AtomicU64::new(ids.len() as u64);
+    // Who waits for something else than a copy of its own does not wait for the pace.
+    let paced = progress.is_some();
     let batches: Vec<Vec<Id>> = ids.chunks(BATCH).map(<[Id]>::to_vec).collect();
     let work = batches.into_iter().enumerate().map(|(n, batch)| {
         let service = Arc::clone(service);
         let sources = service.sources(holders, turn + n);
         async move {
-            let (rest, said) = service.fetch(&batch, &sources).await;
+            let pace = paced.then_some(&service.pace);
+            let (rest, said) = service.fetch_at(&batch, &sources, pace).await;
             (batch.len() as u64, rest.len(), said)
         }
     });

@@ -25,19 +25,36 @@ const BATCH_RECORDS: usize = 1024;
 /// Chunks that are read and sent together.
 const SEND_CHUNKS: usize = 64;
 /// A client that sends nothing for so long has gone.
-const IDLE_MAX: Duration = Duration::from_secs(60);
+const IDLE_MAX: Duration = Duration::from_secs(STALL_S);
 /// A batch must arrive within this: a slow body holds its place no longer.
-const BATCH_MAX: Duration = Duration::from_secs(60);
+const BATCH_MAX: Duration = Duration::from_secs(STALL_S);
+/// Tests of slow bodies shall not be slow.
+const STALL_S: u64 = if cfg!(test) { 6 } else { 60 };
 
-/// `POST missing`: one byte per name, 1 = lacking.
+/// `POST missing`: one byte per name, 1 = lacking. What another member holds is fetched first, so that the
+/// client need not send it; `?local=1`: only what this member has.
 pub(super) async fn missing(
     State(service): State<Arc<RegistryService>>,
     request: Request,
 ) -> Answer {
+    let local = is_local(&request);
     let ids = read_ids(request).await?;
     let lacking = |id: &Id| *id != ZERO_CHUNK && !service.chunks.contains(&ChunkId(*id));
+    if !local {
+        let wanted: Vec<Id> = ids.iter().filter(|id| lacking(id)).copied().collect();
+        if !wanted.is_empty() {
+            service.bring_what_others_have(&wanted).await;
+        }
+    }
     let flags: Vec<u8> = ids.iter().map(|id| u8::from(lacking(id))).collect();
     Ok(flags.into_response())
+}
+
+/// Does a member ask, for what is here and nowhere else?
+fn is_local(request: &Request) -> bool {
+    answer::Params::from_query(request.uri())
+        .get("local")
+        .is_some_and(|v| v != "0")
 }
 
 async fn read_ids(request: Request) -> Result<Vec<Id>, Refused> {
@@ -131,10 +148,11 @@ fn stopping() -> Refused {
 
 /// `POST chunks/get`: the records that this member has or can get from another; `?local=1`: has.
 pub(super) async fn send(State(service): State<Arc<RegistryService>>, request: Request) -> Answer {
-    let local = answer::Params::from_query(request.uri())
-        .get("local")
-        .is_some_and(|v| v != "0");
+    let local = is_local(&request);
     let ids = read_ids(request).await?;
+    if !local {
+        service.pulls.notice(&ids);
+    }
     let (sender, receiver) = mpsc::channel::<std::io::Result<Bytes>>(2);
     tokio::spawn(async move {
         for wanted in ids.chunks(SEND_CHUNKS) {

@@ -277,7 +277,11 @@ async fn collect_all_the_time(world: Arc<World>) {
 }
 
 /// `GET path` on a registry port; the envelope's body.
-async fn asked<T: DeserializeOwned>(cluster: &Cluster, n: usize, path: &str) -> Option<T> {
+pub(crate) async fn asked<T: DeserializeOwned>(
+    cluster: &Cluster,
+    n: usize,
+    path: &str,
+) -> Option<T> {
     let url = format!("http://{}{path}", cluster.members[n].registry);
     let answer: Value = cluster
         .client
@@ -495,7 +499,7 @@ async fn removed_by_all(cluster: &Cluster) -> u64 {
 }
 
 /// Flip one bit in the data of `count` stored chunks; how many there were to choose from.
-fn flip(data: &Path, count: usize, dice: &mut Dice) -> usize {
+pub(crate) fn flip(data: &Path, count: usize, dice: &mut Dice) -> usize {
     let mut places = Vec::new();
     for path in pack_files(data) {
         let bytes = std::fs::read(&path).unwrap();

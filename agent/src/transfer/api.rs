@@ -8,7 +8,11 @@
 //! | `POST /registry/mainstay/v1/chunks/get` | chunk names, at most [`IDS_MAX`] | the records in any order, each once; what no member has is absent. `?local=1`: only what this member has |
 //! | `POST /registry/mainstay/v1/publish` | [`PublishRequest`] | [`TagInfo`]; 409 if this member lacks something the manifest reaches |
 //! | `GET /registry/mainstay/v1/tag?template=ID-OR-NAME` and `tag=NAME` or `number=N`, `wait=SECONDS` | | [`TagInfo`]; with `wait`, once it is visible or the time is over |
-//! | `GET /registry/mainstay/v1/replicas?template=ID-OR-NAME` and `tag=NAME` or `number=N` | | list of [`Replica`] |
+//! | `DELETE /registry/mainstay/v1/tag?template=ID-OR-NAME` and `tag=NAME` or `number=N` | | this tag goes, and no other |
+//! | `GET /registry/mainstay/v1/replicas?template=ID-OR-NAME` and `tag=NAME` or `number=N` | | list of [`Replica`]; with `all=1` list of [`TagReplicas`], one for each tag of the template |
+//! | `POST /registry/mainstay/v1/admit` | [`AdmitRequest`] | [`Admission`]: would a push fit? `?local=1`: only what this member's disk says |
+//! | `GET /registry/mainstay/v1/usage?template=ID-OR-NAME` | | [`Usage`]; `template` may be absent |
+//! | `PUT /registry/mainstay/v1/quota` | [`QuotaRequest`] | [`Usage`] |
 //! | `GET /registry/mainstay/v1/gc` | | [`CollectionStatus`] of this member |
 //! | `POST /registry/mainstay/v1/gc?dry_run=0-OR-1` | | the same, at once; `done` reaches the `asked` of this answer when the run has ended |
 //! | `GET /registry/mainstay/v1/scrub` | | [`ScrubStatus`] of this member |
@@ -28,6 +32,12 @@ pub const CHUNKS_GET: &str = "/registry/mainstay/v1/chunks/get";
 pub const PUBLISH: &str = "/registry/mainstay/v1/publish";
 /// Look at a tag.
 pub const TAG: &str = "/registry/mainstay/v1/tag";
+/// Would a push fit?
+pub const ADMIT: &str = "/registry/mainstay/v1/admit";
+/// What tags weigh.
+pub const USAGE: &str = "/registry/mainstay/v1/usage";
+/// How much may be stored.
+pub const QUOTA: &str = "/registry/mainstay/v1/quota";
 /// Who has a tag's bytes.
 pub const REPLICAS: &str = "/registry/mainstay/v1/replicas";
 /// Give back the room of chunks that nothing needs.
@@ -145,14 +155,118 @@ pub struct Replica {
     pub member: String,
     /// Member name.
     pub name: String,
-    /// `complete`, `copying`, `waiting`, `damaged` or `unknown`.
+    /// `complete`, `copying`, `missing` (the message says why), `damaged`, or `unknown`: the member does
+    /// not answer, and was not known to have it.
     pub state: String,
     /// Bytes that it has so far (uncompressed, holes not counted).
     pub done_bytes: u64,
     /// Bytes that it needs; 0 while not known.
     pub total_bytes: u64,
-    /// Why it waits, or why its state is not known.
+    /// Why it is not complete, or why its state is not known.
     pub message: String,
+}
+
+/// All members' copies of one tag.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TagReplicas {
+    /// Tag name.
+    pub tag: String,
+    /// Tag number.
+    pub number: u32,
+    /// Enough members hold it, or did once.
+    pub visible: bool,
+    /// Copies that make it visible.
+    pub copies_needed: u32,
+    /// One row a member.
+    pub replicas: Vec<Replica>,
+}
+
+/// A push that is about to begin.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AdmitRequest {
+    /// Template name.
+    pub template: String,
+    /// Most bytes that would be sent and stored.
+    pub bytes: u64,
+    /// Copies that are asked for.
+    pub durability: Durability,
+}
+
+/// Whether there is room for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Admission {
+    /// As things are, yes.
+    pub fits: bool,
+    /// Why not, and what to do.
+    pub why: String,
+    /// No member would say otherwise.
+    pub anywhere: bool,
+}
+
+/// How much of a template may be stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct QuotaRequest {
+    /// Template name; empty: all of them together.
+    pub template: String,
+    /// Stored bytes of one copy; `null`: as much as there is room for.
+    pub bytes: Option<u64>,
+}
+
+/// What one copy of everything takes on the disk of the member that was asked, in bytes as stored
+/// (compressed, each chunk once).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Usage {
+    /// All templates and OCI artifacts together.
+    pub stored_bytes: u64,
+    /// The member holds everything; if not, what it lacks is not counted.
+    pub whole: bool,
+    /// Most that may be stored of all templates.
+    pub quota: Option<u64>,
+    /// All quotas by template name, those of templates to come included; empty name: of all together.
+    pub quotas: std::collections::BTreeMap<String, u64>,
+    /// Each template.
+    pub templates: Vec<TemplateUsage>,
+}
+
+/// What a template takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TemplateUsage {
+    /// Template id.
+    pub id: String,
+    /// Template name.
+    pub name: String,
+    /// Sum of its tags' logical bytes.
+    pub logical_bytes: u64,
+    /// Stored bytes that some tag of it needs.
+    pub stored_bytes: u64,
+    /// Those of them that no other template needs: what its deletion gives back.
+    pub unique_bytes: u64,
+    /// Most that may be stored of it.
+    pub quota: Option<u64>,
+    /// Each tag, by number.
+    pub tags: Vec<TagUsage>,
+}
+
+/// What a tag takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TagUsage {
+    /// Tag number.
+    pub number: u32,
+    /// Tag name.
+    pub tag: String,
+    /// Length of its files.
+    pub logical_bytes: u64,
+    /// Stored bytes that it needs.
+    pub stored_bytes: u64,
+    /// Those of them that no other tag needs: what its deletion gives back.
+    pub unique_bytes: u64,
 }
 
 /// One run of a member's collector. Bytes of chunks are stored ones, those of packs are bytes on disk.

@@ -1,7 +1,7 @@
-//! Pushing a file: hash it, ask one member what it lacks, send that, publish. Asking is also how a
+//! Pushing a file: ask whether it fits, hash it, ask one member what it lacks, send that, publish. Asking is also how a
 //! push resumes: after a lost connection or in a new process only what did not arrive is sent.
 
-use super::api::{Durability, Forward, PublishRequest, TagInfo};
+use super::api::{AdmitRequest, Durability, Forward, PublishRequest, TagInfo};
 use super::image::{data_ranges, hash_chunks};
 use super::pull::blocking;
 use super::source::{CallError, Registry};
@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 const UNIT_CHUNKS: usize = 512;
 /// Pauses before a batch is tried again at the same member; then another member is tried.
 const PAUSES_MS: [u64; 4] = [100, 400, 1000, 2000];
+/// What a record takes on disk beyond its data.
+const RECORD_BYTES: u64 = 100;
 /// Longest wait of one question whether a tag is visible.
 const WAIT_STEP_S: u64 = 5;
 
@@ -124,6 +126,7 @@ async fn push_to(
     request_id: &str,
     progress: &(dyn Fn(u64, u64) + Send + Sync),
 ) -> Result<TagInfo, Failure> {
+    admitted(registry, source, spec).await?;
     source.claimed.lock().clear();
     let mut done = 0;
     progress(0, source.size);
@@ -162,9 +165,97 @@ async fn push_to(
     }
 }
 
+/// Refused before any byte is sent, if it cannot fit. First with the most that it may take; only if that is
+/// too much it is found out how much the member really lacks, compressed as it would be sent.
+async fn admitted(
+    registry: &Registry,
+    source: &Arc<Source>,
+    spec: &PushSpec,
+) -> Result<(), Failure> {
+    let data: u64 = source.ranges.iter().map(|r| r.end - r.start).sum();
+    let segments = source.size.div_ceil(CHUNK_LEN * SEGMENT_CHUNKS as u64) + 1;
+    let names = data.div_ceil(CHUNK_LEN) * RECORD_BYTES + segments * (CHUNK_LEN + RECORD_BYTES);
+    let Some(why) = ask_room(registry, spec, data + names).await? else {
+        return Ok(());
+    };
+    tracing::debug!(?why, "looking how much is really lacking");
+    source.claimed.lock().clear();
+    let units = (0..source.units()).map(|n| weigh_unit(registry.clone(), Arc::clone(source), n));
+    let mut units = futures::stream::iter(units).buffer_unordered(CONNECTIONS);
+    let mut lacking = names;
+    while let Some(weight) = units.next().await {
+        lacking += weight?;
+    }
+    let Some((why, anywhere)) = ask_room(registry, spec, lacking).await? else {
+        return Ok(());
+    };
+    Err(match anywhere {
+        true => TransferError::Refused(why).into(),
+        false => Failure::Member(why),
+    })
+}
+
+/// Why so many bytes do not fit, and whether that is so for every member.
+async fn ask_room(
+    registry: &Registry,
+    spec: &PushSpec,
+    bytes: u64,
+) -> Result<Option<(String, bool)>, Failure> {
+    let asked = AdmitRequest {
+        template: spec.template.clone(),
+        bytes,
+        durability: spec.durability,
+    };
+    let mut pauses = PAUSES_MS.iter();
+    loop {
+        let why = match registry.admit(&asked).await {
+            Ok(None) => return Ok(None),
+            Ok(Some(said)) if said.fits => return Ok(None),
+            Ok(Some(said)) => return Ok(Some((said.why, said.anywhere))),
+            Err(CallError::Refused(why)) => return Err(TransferError::Refused(why).into()),
+            Err(CallError::Passing(why) | CallError::Incomplete(why)) => why,
+        };
+        let Some(&pause) = pauses.next() else {
+            return Err(Failure::Member(why));
+        };
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+    }
+}
+
+/// Bytes that the member lacks of one unit, as they would be sent.
+async fn weigh_unit(registry: Registry, source: Arc<Source>, unit: usize) -> Result<u64, Failure> {
+    let mut bytes = 0;
+    for batch in lacking_of(&registry, &source, unit)
+        .await?
+        .0
+        .chunks(BATCH_CHUNKS)
+    {
+        let (at, batch) = (Arc::clone(&source), batch.to_vec());
+        let records = blocking(move || at.read(&batch)).await?;
+        bytes += records.iter().map(|r| r.framed_len() as u64).sum::<u64>();
+    }
+    Ok(bytes)
+}
+
 /// Hash one unit and send what the member lacks of it; the unit's length.
 async fn send_unit(registry: Registry, source: Arc<Source>, unit: usize) -> Result<u64, Failure> {
-    let at = Arc::clone(&source);
+    let (lacking, len) = lacking_of(&registry, &source, unit).await?;
+    for batch in lacking.chunks(BATCH_CHUNKS) {
+        let (at, batch) = (Arc::clone(&source), batch.to_vec());
+        let records = blocking(move || at.read(&batch)).await?;
+        send(&registry, &source, records).await?;
+    }
+    Ok(len)
+}
+
+/// Chunks of one unit, with their numbers, that the member lacks and no other unit takes care of; and the
+/// unit's length.
+async fn lacking_of(
+    registry: &Registry,
+    source: &Arc<Source>,
+    unit: usize,
+) -> Result<(Vec<(Id, u64)>, u64), Failure> {
+    let at = Arc::clone(source);
     let names = blocking(move || at.names(unit)).await?;
     let first = (unit * UNIT_CHUNKS) as u64;
     let len = (first..first + names.len() as u64)
@@ -178,20 +269,15 @@ async fn send_unit(registry: Registry, source: Arc<Source>, unit: usize) -> Resu
             .collect()
     };
     if mine.is_empty() {
-        return Ok(len);
+        return Ok((mine, len));
     }
     let ids: Vec<Id> = mine.iter().map(|(id, _)| *id).collect();
-    let missing = ask_missing(&registry, &ids).await?;
-    let lacking: Vec<(Id, u64)> = mine
+    let missing = ask_missing(registry, &ids).await?;
+    let lacking = mine
         .into_iter()
         .filter(|(id, _)| missing.contains(id))
         .collect();
-    for batch in lacking.chunks(BATCH_CHUNKS) {
-        let (at, batch) = (Arc::clone(&source), batch.to_vec());
-        let records = blocking(move || at.read(&batch)).await?;
-        send(&registry, &source, records).await?;
-    }
-    Ok(len)
+    Ok((lacking, len))
 }
 
 async fn ask_missing(registry: &Registry, ids: &[Id]) -> Result<HashSet<Id>, Failure> {

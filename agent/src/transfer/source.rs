@@ -1,6 +1,6 @@
 //! One registry over HTTP: the calls of the protocol, and which failures may pass.
 
-use super::api::{self, Answer, PublishRequest, PutAnswer, TagInfo};
+use super::api::{self, Admission, AdmitRequest, Answer, PublishRequest, PutAnswer, TagInfo};
 use super::{Id, TransferError, Unframer, WireRecord};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
@@ -72,6 +72,20 @@ impl Registry {
             .collect())
     }
 
+    /// Would a push fit? `None`: the registry is of a release that cannot say.
+    pub(super) async fn admit(&self, asked: &AdmitRequest) -> Result<Option<Admission>, CallError> {
+        let request = self.client.post(self.url(api::ADMIT)).json(asked);
+        let response = match tokio::time::timeout(ANSWER_MAX, request.send()).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(e)) => return Err(CallError::Passing(chain(&e))),
+            Err(_) => return Err(CallError::Passing("no answer in time".to_owned())),
+        };
+        if response.status().as_u16() == 404 {
+            return Ok(None);
+        }
+        body_of(judged(response).await?).await.map(Some)
+    }
+
     /// Store these records.
     pub(super) async fn put(&self, body: Bytes) -> Result<PutAnswer, CallError> {
         json(self.client.put(self.url(api::CHUNKS)).body(body)).await
@@ -111,6 +125,10 @@ async fn answered(request: reqwest::RequestBuilder) -> Result<reqwest::Response,
         Ok(Err(e)) => return Err(CallError::Passing(chain(&e))),
         Err(_) => return Err(CallError::Passing("no answer in time".to_owned())),
     };
+    judged(response).await
+}
+
+async fn judged(response: reqwest::Response) -> Result<reqwest::Response, CallError> {
     let status = response.status();
     if status.is_success() {
         return Ok(response);
@@ -133,7 +151,11 @@ async fn answered(request: reqwest::RequestBuilder) -> Result<reqwest::Response,
 }
 
 async fn json<T: DeserializeOwned>(request: reqwest::RequestBuilder) -> Result<T, CallError> {
-    let bytes = read_all(answered(request).await?, JSON_LEN_MAX).await?;
+    body_of(answered(request).await?).await
+}
+
+async fn body_of<T: DeserializeOwned>(response: reqwest::Response) -> Result<T, CallError> {
+    let bytes = read_all(response, JSON_LEN_MAX).await?;
     let answer: Answer<T> = serde_json::from_slice(&bytes)
         .map_err(|e| CallError::Refused(format!("not an answer of a registry: {e}")))?;
     match answer.body {

@@ -120,12 +120,13 @@ pub(super) async fn push(
     let tag = &pushed.tag;
     if !tag.visible {
         bail!(
-            "{}:{} is stored on {} of {} members that must hold it, and not visible yet: the members go on \
+            "{}:{} is stored on {} of {} members that must hold it, and not visible yet{}: the members go on \
              copying it, see `mainstay template replicas {}`",
             tag.template,
             tag.tag,
             tag.holders.len(),
             tag.copies_needed,
+            without(&registries, tag).await,
             tag.template
         );
     }
@@ -142,6 +143,28 @@ pub(super) async fn push(
     let data =
         json!({"tag": tag, "sent_chunks": pushed.sent_chunks, "sent_bytes": pushed.sent_bytes});
     done(output, &data, &text)
+}
+
+/// Who lacks it and why, for a message; nothing when nobody can say.
+async fn without(registries: &[String], tag: &TagInfo) -> String {
+    let number = tag.number.to_string();
+    let pairs = [("template", tag.template_id.as_str()), ("number", &number)];
+    let path = format!("{}{}", api::REPLICAS, query(&pairs));
+    let Ok(client) = ApiClient::new(registries) else {
+        return String::new();
+    };
+    let rows: Vec<api::Replica> = client.get(&path).await.unwrap_or_default();
+    let lacking = rows.iter().filter(|row| row.state != "complete");
+    let lacking: Vec<String> = lacking
+        .map(|row| match row.message.as_str() {
+            "" => format!("{} is {}", row.name, row.state),
+            why => format!("{} is {} ({why})", row.name, row.state),
+        })
+        .collect();
+    match lacking.is_empty() {
+        true => String::new(),
+        false => format!(": {}", lacking.join("; ")),
+    }
 }
 
 /// Pull a disk. Unfinished bytes are kept in `FILE.part`, where the next attempt finds them.

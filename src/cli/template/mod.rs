@@ -8,7 +8,7 @@ use super::client::{ApiClient, query};
 use super::table::{self, Output, Table};
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
-use mainstay_agent::transfer::api::{REPLICAS, Replica};
+use mainstay_agent::transfer::api::{REPLICAS, TagReplicas, USAGE, Usage};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -32,10 +32,30 @@ enum TemplateCommand {
         /// Template, by name or id
         template: String,
     },
-    /// Delete a template with all its tags
+    /// Delete a template with all its tags, or one of its tags and no other
     Delete {
         /// Template, by name or id
         template: String,
+        /// Only this tag
+        #[arg(long, conflicts_with = "number")]
+        tag: Option<String>,
+        /// Only the tag with this number
+        #[arg(long)]
+        number: Option<u32>,
+    },
+    /// Change what is said of a tag
+    Describe {
+        /// Template, by name or id
+        template: String,
+        /// Tag name; the latest when absent
+        #[arg(long)]
+        tag: Option<String>,
+        /// Shown with the tag
+        #[arg(long, required_unless_present = "arch")]
+        description: Option<String>,
+        /// What it runs on
+        #[arg(long, value_parser = ["amd64", "arm64"])]
+        arch: Option<String>,
     },
     /// Delete a tag and every later one; the latest tag if none is named
     Revert {
@@ -52,7 +72,7 @@ enum TemplateCommand {
     Replicas {
         /// Template, by name or id
         template: String,
-        /// Tag name; the latest when absent
+        /// Only this tag; all when absent
         #[arg(long)]
         tag: Option<String>,
     },
@@ -67,16 +87,41 @@ pub async fn run(args: TemplateArgs, endpoints: &[String], output: Output) -> an
         TemplateCommand::List => list(&client, output).await,
         TemplateCommand::Show { template } => {
             let id = find(&client, &template).await?;
-            let shown: Value = client.get(&by_id(&id)).await?;
+            let mut shown: Value = client.get(&by_id(&id)).await?;
+            add_usage(&client, &id, &mut shown).await;
             Ok(table::emit(output, &shown, tags)?)
         }
-        TemplateCommand::Delete { template } => {
+        TemplateCommand::Delete {
+            template,
+            tag,
+            number,
+        } => {
             let id = find(&client, &template).await?;
-            let _: Value = client.delete(&by_id(&id), &json!({})).await?;
+            let (path, said) = match (&tag, number) {
+                (None, None) => (by_id(&id), format!("template {template} deleted")),
+                _ => {
+                    let named = tag.clone().or_else(|| Some(number?.to_string()));
+                    let said = format!("tag {} of {template} deleted", named.unwrap_or_default());
+                    (tag_path(&id), said)
+                }
+            };
+            let selector = json!({"tag": tag, "number": number});
+            let _: Value = client.delete(&path, &selector).await?;
+            done(output, &json!({"id": id}), &said)
+        }
+        TemplateCommand::Describe {
+            template,
+            tag,
+            description,
+            arch,
+        } => {
+            let id = find(&client, &template).await?;
+            let said = json!({"tag": tag, "description": description, "arch": arch});
+            let _: Value = client.put(&tag_path(&id), &said).await?;
             done(
                 output,
                 &json!({"id": id}),
-                &format!("template {template} deleted"),
+                &format!("template {template} described"),
             )
         }
         TemplateCommand::Revert {
@@ -102,6 +147,37 @@ pub async fn run(args: TemplateArgs, endpoints: &[String], output: Output) -> an
 
 fn by_id(id: &str) -> String {
     format!("/api/v1/registry/vm{}", query(&[("id", id)]))
+}
+
+fn tag_path(id: &str) -> String {
+    format!("/api/v1/registry/tag{}", query(&[("id", id)]))
+}
+
+/// Stored and unique bytes of the template and its tags, as a member that can say so has them.
+async fn add_usage(client: &ApiClient, id: &str, shown: &mut Value) {
+    let Ok(registries) = registries(client).await else {
+        return;
+    };
+    let Ok(registry) = ApiClient::new(&registries) else {
+        return;
+    };
+    let path = format!("{USAGE}{}", query(&[("template", id)]));
+    let Ok(usage) = registry.get::<Usage>(&path).await else {
+        return;
+    };
+    let Some(of) = usage.templates.first() else {
+        return;
+    };
+    shown["stored_bytes"] = json!(of.stored_bytes);
+    shown["unique_bytes"] = json!(of.unique_bytes);
+    for version in shown["versions"].as_array_mut().into_iter().flatten() {
+        let number = version["number"].as_u64();
+        let tag = of.tags.iter().find(|t| Some(u64::from(t.number)) == number);
+        if let Some(tag) = tag {
+            version["stored_bytes"] = json!(tag.stored_bytes);
+            version["unique_bytes"] = json!(tag.unique_bytes);
+        }
+    }
 }
 
 fn done(output: Output, data: &Value, text: &str) -> anyhow::Result<()> {
@@ -141,14 +217,28 @@ async fn list(client: &ApiClient, output: Output) -> anyhow::Result<()> {
 }
 
 fn tags(template: &Value) -> Table {
-    let mut table = Table::new(&["NUMBER", "TAG", "SIZE", "ARCH", "PUSHED", "DESCRIPTION"]);
+    let mut table = Table::new(&[
+        "NUMBER",
+        "TAG",
+        "SIZE",
+        "STORED",
+        "UNIQUE",
+        "ARCH",
+        "PUSHED",
+        "PULLED",
+        "DESCRIPTION",
+    ]);
+    let bytes = |value: &Value| value.as_u64().map(table::bytes).unwrap_or_default();
     for tag in template["versions"].as_array().into_iter().flatten() {
         table.row([
             tag["number"].to_string(),
             text(&tag["tag"]),
-            table::bytes(tag["size"].as_u64().unwrap_or(0)),
+            bytes(&tag["size"]),
+            bytes(&tag["stored_bytes"]),
+            bytes(&tag["unique_bytes"]),
             text(&tag["arch"]),
             ago(&tag["creation_date"]),
+            ago(&tag["last_pull"]),
             text(&tag["description"]),
         ]);
     }
@@ -177,31 +267,55 @@ async fn replicas(
     output: Output,
 ) -> anyhow::Result<()> {
     let registry = ApiClient::new(&registries(client).await?)?;
-    let mut pairs = vec![("template", template)];
-    pairs.extend(tag.map(|tag| ("tag", tag)));
+    let pairs = [("template", template), ("all", "1")];
     let path = format!("{REPLICAS}{}", query(&pairs));
-    let rows: Vec<Replica> = registry
+    let mut tags: Vec<TagReplicas> = registry
         .get(&path)
         .await
         .with_context(|| format!("template {template}"))?;
-    Ok(table::emit(output, &rows, |rows| {
-        let mut table = Table::new(&["MEMBER", "ID", "STATE", "BYTES", "MESSAGE"]);
-        for row in rows {
+    if let Some(name) = tag {
+        tags.retain(|t| t.tag == name);
+        if tags.is_empty() {
+            bail!("template {template} has no tag {name}");
+        }
+    }
+    match (tag, tags.first()) {
+        // Of one tag its rows, as ever.
+        (Some(_), Some(one)) => Ok(table::emit(output, &one.replicas, |_| {
+            draw_replicas(&tags)
+        })?),
+        _ => Ok(table::emit(output, &tags, |tags| draw_replicas(tags))?),
+    }
+}
+
+fn draw_replicas(tags: &[TagReplicas]) -> Table {
+    let mut table = Table::new(&["TAG", "MEMBER", "ID", "STATE", "BYTES", "MESSAGE"]);
+    for tag in tags {
+        let name = match tag.visible {
+            true => tag.tag.clone(),
+            false => format!("{} (not visible yet)", tag.tag),
+        };
+        for row in &tag.replicas {
             let copied = match row.total_bytes {
                 0 => String::new(),
-                total => {
-                    format!(
-                        "{} of {}",
-                        table::bytes(row.done_bytes),
-                        table::bytes(total)
-                    )
-                }
+                total => format!(
+                    "{} of {}",
+                    table::bytes(row.done_bytes),
+                    table::bytes(total)
+                ),
             };
-            table
-                .row([&row.name, &row.member, &row.state, &copied, &row.message].map(Clone::clone));
+            let cells = [
+                &name,
+                &row.name,
+                &row.member,
+                &row.state,
+                &copied,
+                &row.message,
+            ];
+            table.row(cells.map(Clone::clone));
         }
-        table
-    })?)
+    }
+    table
 }
 
 #[derive(Deserialize)]

@@ -84,6 +84,15 @@ fn registry(page: &mut Page, figures: &Figures) {
     page.gauge("chunks_damaged", damaged, chunks.damaged);
     let broken = "Tags that this member held and that are not whole any more.";
     page.gauge("tags_broken", broken, figures.broken_tags);
+    let copies = &figures.replication;
+    let lacking = "Tags and artifacts that this member does not hold yet.";
+    page.gauge("replicate_lacking", lacking, copies.lacking);
+    let fetched = "Chunks fetched from other members.";
+    page.counter("fetched_chunks_total", fetched, copies.fetched_chunks);
+    let fetched = "Bytes of chunks fetched from other members, as sent.";
+    page.counter("fetched_bytes_total", fetched, copies.fetched_bytes);
+    let looked = "Tags and artifacts that replication looked at.";
+    page.counter("replicate_looked_total", looked, copies.looked_at);
     let gc = &figures.collections;
     if let Some(last) = &gc.last {
         page.gauges(

@@ -11,7 +11,7 @@ mod template;
 
 use super::ApiState;
 use axum::Router;
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 
 /// Every route of the dialect that is served.
 pub(super) fn all() -> Router<ApiState> {
@@ -39,6 +39,10 @@ pub(super) fn all() -> Router<ApiState> {
         .route(
             "/api/v1/registry/vm",
             get(template::get).delete(template::remove),
+        )
+        .route(
+            "/api/v1/registry/tag",
+            put(template::describe).delete(template::remove_tag),
         )
         .route("/api/v1/registry/revert", delete(template::revert))
         .route("/api/v1/registry/disk", get(template::disk))

@@ -17,7 +17,10 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
     let state = reading.view().state;
     let response = match id {
         None => envelope::ok(&TemplateList { state, short }),
-        Some(id) => envelope::found(state.templates.get(&id).and_then(TemplateView::new)),
+        Some(id) => {
+            let template = state.templates.get(&id);
+            envelope::found(template.and_then(|t| TemplateView::new(state, t)))
+        }
     };
     Ok(reading.finish(response))
 }
@@ -36,6 +39,47 @@ pub(super) async fn revert(State(api): State<ApiState>, call: Call) -> Result<Re
     api.app
         .submit_as(call.command_id(), Command::RevertTemplate { id, selector })
         .await?;
+    Ok(envelope::done())
+}
+
+/// One tag and no other: not what `revert` does.
+pub(super) async fn remove_tag(
+    State(api): State<ApiState>,
+    call: Call,
+) -> Result<Response, ApiError> {
+    let id = TemplateId::from(call.required("id")?);
+    let Some(selector) = selector(&call)? else {
+        return Err(ApiError::bad(
+            "tag or number is missing: which tag shall go?",
+        ));
+    };
+    api.app
+        .submit_as(call.command_id(), Command::DeleteTag { id, selector })
+        .await?;
+    Ok(envelope::done())
+}
+
+/// What is said of a tag.
+pub(super) async fn describe(
+    State(api): State<ApiState>,
+    call: Call,
+) -> Result<Response, ApiError> {
+    let command = Command::DescribeTag {
+        id: TemplateId::from(call.required("id")?),
+        selector: selector(&call)?,
+        arch: call.text("arch")?,
+        description: call.text("description")?,
+    };
+    if let Command::DescribeTag {
+        arch: Some(arch), ..
+    } = &command
+        && !matches!(arch.as_str(), "amd64" | "arm64")
+    {
+        return Err(ApiError::bad(format!(
+            "arch {arch:?} is not known, amd64 and arm64 are"
+        )));
+    }
+    api.app.submit_as(call.command_id(), command).await?;
     Ok(envelope::done())
 }
 

@@ -22,17 +22,18 @@ fn by_hand() -> Upkeep {
             rate: 0,
             ..usual.scrub
         },
+        ..usual
     }
 }
 
-fn cluster_by_hand(size: u64) -> Cluster {
+pub(super) fn cluster_by_hand(size: u64) -> Cluster {
     Cluster {
         upkeep: by_hand(),
         ..Cluster::new(size)
     }
 }
 
-async fn ask<T: DeserializeOwned>(post: bool, url: String) -> T {
+pub(super) async fn ask<T: DeserializeOwned>(post: bool, url: String) -> T {
     let client = client();
     let request = if post {
         client.post(url)
@@ -56,7 +57,7 @@ async fn gc_with(member: &TestMember, query: &str) -> Collection {
     }
 }
 
-async fn gc(member: &TestMember) -> Collection {
+pub(super) async fn gc(member: &TestMember) -> Collection {
     gc_with(member, "").await
 }
 

@@ -1,8 +1,10 @@
 //! The registry over real HTTP and real chunk stores; the replicated state is the real model, the
 //! consensus around it is one lock.
 
+mod bad;
 mod collect;
 mod dialect;
+mod keep;
 mod oci;
 mod pull;
 mod push;
@@ -33,6 +35,8 @@ struct Shared {
     urls: Mutex<BTreeMap<MemberId, String>>,
     /// Members whose disk is full.
     full: Mutex<BTreeSet<u64>>,
+    /// Bytes that fit on a member's disk; as many as one likes where nothing is said.
+    left: Mutex<BTreeMap<u64, u64>>,
     /// No quorum: nobody can say that it is up to date.
     cut_off: AtomicBool,
 }
@@ -140,6 +144,7 @@ impl Cluster {
             status,
             urls: Mutex::default(),
             full: Mutex::default(),
+            left: Mutex::default(),
             cut_off: AtomicBool::new(false),
         };
         Self {
@@ -180,6 +185,12 @@ impl Cluster {
             let full = shared.full.lock().contains(&id);
             (!full).then_some(()).ok_or_else(|| "no room".to_owned())
         };
+        let shared = Arc::clone(&self.shared);
+        let left = move || shared.left.lock().get(&id).copied();
+        let disk = Disk {
+            may_store: Box::new(room),
+            left: Box::new(left),
+        };
         let version = "1.0-test".to_owned();
         let service = RegistryService::new(
             catalog,
@@ -187,7 +198,7 @@ impl Cluster {
             MemberId(id),
             peers,
             version,
-            Box::new(room),
+            disk,
             self.upkeep,
         );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

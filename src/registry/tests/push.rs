@@ -67,6 +67,42 @@ async fn a_killed_push_goes_on_where_it_was() {
     }
 }
 
+/// The client dies, and goes on through another member while the first one still runs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_member_holds_is_not_sent_again() {
+    let cluster = Cluster::new(2);
+    let (first, second) = (cluster.serve(1, false).await, cluster.serve(2, false).await);
+    let image = cluster.file("image");
+    write_image(&image, 11);
+    let spec = spec("t", "v1", Durability::One);
+    let sent = push(&[&first.url], &image, &spec).await.unwrap();
+    assert!(sent.sent_chunks > 300);
+    let again = push(&[&second.url], &image, &spec).await.unwrap();
+    assert_eq!(again.sent_chunks, 0, "all of it came from the other member");
+    assert_eq!(again.tag.holders.len(), 2);
+    let (one, two) = (first.service.chunks(), second.service.chunks());
+    assert_eq!(one.stats().chunks, two.stats().chunks);
+}
+
+/// A member that hangs is asked once, and then left alone for a while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_push_does_not_wait_for_a_member_that_hangs() {
+    let cluster = Cluster::new(2);
+    let member = cluster.serve(1, false).await;
+    let deaf = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", deaf.local_addr().unwrap());
+    cluster.shared.urls.lock().insert(MemberId(2), url);
+    let image = cluster.file("image");
+    write_image(&image, 12);
+    let begin = Instant::now();
+    push(&[&member.url], &image, &spec("t", "v1", Durability::One))
+        .await
+        .unwrap();
+    // Seven units, four at once: each would wait a second.
+    assert!(member.service.shy.lock().contains_key(&MemberId(2)));
+    assert!(begin.elapsed() < Duration::from_secs(20));
+}
+
 #[tokio::test]
 async fn a_changed_chunk_costs_a_chunk() {
     let cluster = Cluster::new(1);

@@ -2,7 +2,7 @@
 
 use super::*;
 use mainstay_agent::transfer::WireRecord;
-use mainstay_agent::transfer::api::{Answer, REPLICAS, Replica};
+use mainstay_agent::transfer::api::{Answer, REPLICAS, Replica, TagReplicas};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_comes_late_or_lost_its_disk_gets_everything() {
@@ -136,7 +136,7 @@ async fn no_bytes_anywhere_is_told_and_a_deleted_tag_is_left_alone() {
             .await
             .unwrap();
         let row = answer.body.unwrap().remove(0);
-        if row.state == "waiting" && row.message.contains("no member could send") {
+        if row.state == "missing" && row.message.contains("no member could send") {
             break;
         }
         assert!(Instant::now() < until, "{row:?}");
@@ -220,4 +220,134 @@ async fn the_copy_of_a_member_that_was_replaced_does_not_count() {
         s.members.get_mut(&4).unwrap().role = Role::Voter;
     });
     eventually("its vote makes the majority", visible).await;
+}
+
+/// However many commands there are, and however many tags: only what changed is looked at.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replication_looks_at_what_changed_and_at_nothing_else() {
+    let cluster = Cluster::new(1);
+    let member = cluster.serve(1, true).await;
+    let image = cluster.file("image");
+    std::fs::write(&image, noise(3, 100_000)).unwrap();
+    for n in 0..30 {
+        let spec = spec("t", &format!("v{n}"), Durability::All);
+        push(&[&member.url], &image, &spec).await.unwrap();
+    }
+    let figures = || member.service.figures().replication;
+    eventually("all were looked at", || figures().looked_at >= 30).await;
+    let mut before = figures();
+    loop {
+        // Two looks without anything to look at: it has come to rest.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let now = figures();
+        if now == before {
+            break;
+        }
+        before = now;
+    }
+    let catalog = Fake(Arc::clone(&cluster.shared));
+    for _ in 0..20 {
+        let noop = catalog.submit(crate::stamp::command_id(), Command::Noop);
+        noop.await.unwrap();
+        // As often as it looks at all.
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    assert_eq!(figures(), before, "nothing of its own changed");
+    let next = spec("t", "next", Durability::All);
+    push(&[&member.url], &image, &next).await.unwrap();
+    eventually("the new one was looked at", || {
+        figures().looked_at > before.looked_at
+    })
+    .await;
+    let after = figures();
+    assert_eq!(after.whole_looks, before.whole_looks);
+    assert!(after.looked_at <= before.looked_at + 2, "{after:?}");
+
+    // What a snapshot brings is looked at as a whole.
+    {
+        let mut state = cluster.shared.state.lock();
+        let mut installed = State::import(state.export().into_iter()).unwrap();
+        installed.succeed(&state);
+        *state = installed;
+    }
+    cluster.shared.status.send_modify(|s| s.applied += 1);
+    eventually("a whole look", || {
+        figures().whole_looks == before.whole_looks + 1
+    })
+    .await;
+    assert!(figures().looked_at >= after.looked_at + 31);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn copies_keep_the_rate_they_are_given() {
+    let cluster = Cluster {
+        upkeep: Upkeep {
+            replicate_rate: 1 << 20,
+            ..Upkeep::default()
+        },
+        ..Cluster::new(2)
+    };
+    let holder = cluster.serve(1, false).await;
+    let image = cluster.file("image");
+    // Does not compress: 3 MiB on the wire, 16 chunks a request would be less than one request.
+    let mut bytes = noise(5, 9 << 20);
+    bytes.retain(|b| *b != 0);
+    std::fs::write(&image, &bytes).unwrap();
+    let published = push(&[&holder.url], &image, &spec("t", "v1", Durability::One))
+        .await
+        .unwrap();
+    let begin = Instant::now();
+    let other = cluster.serve(2, true).await;
+    eventually("the other has it", || cluster.holders("t") == 2).await;
+    let took = begin.elapsed();
+    let fetched = other.service.figures().replication.fetched_bytes;
+    assert!(fetched > published.sent_bytes * 9 / 10, "{fetched}");
+    let least = Duration::from_secs_f64(fetched as f64 / f64::from(1 << 20));
+    assert!(
+        took + Duration::from_millis(200) >= least,
+        "{took:?} for {fetched} bytes"
+    );
+}
+
+/// A row for each tag and member, from one member's mouth; what is missing says why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_of_all_tags_are_told_at_once() {
+    let cluster = Cluster::new(3);
+    let mut members = vec![cluster.serve(1, true).await, cluster.serve(2, true).await];
+    let image = cluster.file("image");
+    for tag in ["v1", "v2"] {
+        std::fs::write(&image, noise(tag.len() as u64, 1 << 20)).unwrap();
+        let spec = spec("t", tag, Durability::Majority);
+        push(&[&members[0].url], &image, &spec).await.unwrap();
+    }
+    cluster.shared.full.lock().insert(3);
+    members.push(cluster.serve(3, true).await);
+    let url = format!("{}{REPLICAS}?template=t&all=1", members[0].url);
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        let tags: Vec<TagReplicas> = super::collect::ask(false, url.clone()).await;
+        let states = |tag: &TagReplicas| {
+            let states = tag.replicas.iter().map(|r| r.state.clone());
+            states.collect::<Vec<_>>()
+        };
+        let as_expected = tags.len() == 2
+            && tags.iter().all(|tag| {
+                tag.visible
+                    && states(tag) == ["complete", "complete", "missing"]
+                    && tag.replicas[2].name == "c3"
+                    && tag.replicas[2].message.contains("no room")
+            });
+        if as_expected {
+            break;
+        }
+        assert!(Instant::now() < until, "{tags:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    cluster.shared.full.lock().clear();
+    eventually("all have both", || {
+        let state = cluster.shared.state.lock();
+        let mut tags = state.templates.values().flat_map(|t| t.tags.values());
+        tags.all(|tag| tag.holders.len() == 3)
+    })
+    .await;
 }

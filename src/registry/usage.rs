@@ -1,0 +1,375 @@
+//! What tags weigh: the stored (compressed) bytes that one copy of them takes on this member's disk, and
+//! how many of them no other tag needs. Counted anew when tags came or went; never guessed. Also the
+//! quotas over these weights.
+//!
+//! A chunk that a member does not hold yet weighs nothing there: then the answer says that it is not
+//! whole.
+
+use super::answer::{self, Answer, Params, Refused, fail, ok};
+use super::walk::{self, WalkError};
+use super::{RegistryService, Service};
+use crate::app::Consistency;
+use crate::stamp;
+use axum::extract::{Request, State};
+use http::StatusCode;
+use mainstay_agent::transfer::api::{QuotaRequest, TagUsage, TemplateUsage, Usage};
+use mainstay_agent::transfer::{Id, Manifest, ZERO_CHUNK, segment_ids};
+use mainstay_model::{self as model, Command};
+use mainstay_storage::chunks::{ChunkId, ChunkStore};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+/// `GET usage`: stored bytes of all templates and their tags; `template=ID-OR-NAME`: of this one only
+/// (the sums are of all).
+pub(super) async fn show(State(service): Service, request: Request) -> Answer {
+    let params = Params::from_query(request.uri());
+    let mut usage = (*service.usage().await?).clone();
+    if let Some(wanted) = params.get("template") {
+        usage
+            .templates
+            .retain(|t| t.id == wanted || t.name == wanted);
+        if usage.templates.is_empty() {
+            return Err(fail(StatusCode::OK, "Not found"));
+        }
+    }
+    Ok(ok(usage))
+}
+
+/// `PUT quota`.
+pub(super) async fn set_quota(State(service): Service, request: Request) -> Answer {
+    let asked: QuotaRequest = answer::read_object(request.into_body(), "a quota").await?;
+    let template = (!asked.template.is_empty()).then_some(asked.template);
+    let bytes = asked.bytes;
+    let command = Command::SetQuota { template, bytes };
+    service.catalog.submit(stamp::command_id(), command).await?;
+    service.usage().await.map(|usage| ok((*usage).clone()))
+}
+
+/// What is weighed: all that the state names, those of one template side by side.
+#[derive(Default)]
+struct Named {
+    /// Position of the state's journal.
+    position: u64,
+    quotas: BTreeMap<String, u64>,
+    groups: Vec<Group>,
+}
+
+/// A template, or a repository of artifacts.
+struct Group {
+    /// Empty for a repository.
+    id: String,
+    name: String,
+    tags: Vec<(TagUsage, Id)>,
+}
+
+fn named(state: &model::State) -> Named {
+    let templates = state.templates.values().map(|template| Group {
+        id: template.id.to_string(),
+        name: template.name.clone(),
+        tags: template
+            .tags
+            .values()
+            .map(|tag| {
+                let usage = TagUsage {
+                    number: tag.number,
+                    tag: tag.name.clone(),
+                    logical_bytes: tag.content.size,
+                    ..TagUsage::default()
+                };
+                (usage, tag.content.manifest.0)
+            })
+            .collect(),
+    });
+    let repositories = state.repositories.iter().map(|(name, repository)| Group {
+        id: String::new(),
+        name: name.clone(),
+        tags: repository
+            .artifacts
+            .values()
+            .map(|artifact| (TagUsage::default(), artifact.content.bundle.0))
+            .collect(),
+    });
+    Named {
+        position: state.owned_since(u64::MAX).0,
+        quotas: state.quotas.clone(),
+        groups: templates.chain(repositories).collect(),
+    }
+}
+
+/// Where a chunk was counted so far. Positions are numbers of tags and of groups.
+struct Seen {
+    stored: u32,
+    first: u32,
+    last: u32,
+    group: u32,
+    last_group: u32,
+    only_tag: bool,
+    only_group: bool,
+}
+
+/// The weights as they are counted.
+struct Scales<'a> {
+    chunks: &'a ChunkStore,
+    /// By the first half of a half of the name: this counts bytes, it does not find them.
+    seen: HashMap<u64, Seen>,
+    total: u64,
+    whole: bool,
+    /// Stored bytes and those that nothing else needs, by tag and by group.
+    tags: Vec<(u64, u64)>,
+    groups: Vec<(u64, u64)>,
+}
+
+impl Scales<'_> {
+    fn put(&mut self, id: &Id, tag: usize, group: usize) {
+        if *id == ZERO_CHUNK {
+            return;
+        }
+        let (t, g) = (tag as u32, group as u32);
+        let key = u64::from_le_bytes(std::array::from_fn(|n| id[n]));
+        if let Some(seen) = self.seen.get_mut(&key) {
+            let bytes = u64::from(seen.stored);
+            if seen.last == t {
+                return;
+            }
+            seen.last = t;
+            self.tags[tag].0 += bytes;
+            if std::mem::take(&mut seen.only_tag) {
+                self.tags[seen.first as usize].1 -= bytes;
+            }
+            if seen.last_group == g {
+                return;
+            }
+            seen.last_group = g;
+            self.groups[group].0 += bytes;
+            if std::mem::take(&mut seen.only_group) {
+                self.groups[seen.group as usize].1 -= bytes;
+            }
+            return;
+        }
+        let Some((stored, _)) = self.chunks.lens(&ChunkId(*id)) else {
+            self.whole = false;
+            return;
+        };
+        let bytes = u64::from(stored);
+        self.total += bytes;
+        for sums in [&mut self.tags[tag], &mut self.groups[group]] {
+            sums.0 += bytes;
+            sums.1 += bytes;
+        }
+        let seen = Seen {
+            stored,
+            first: t,
+            last: t,
+            group: g,
+            last_group: g,
+            only_tag: true,
+            only_group: true,
+        };
+        self.seen.insert(key, seen);
+    }
+
+    /// A manifest with everything it reaches.
+    fn put_all(&mut self, manifest: &Id, tag: usize, group: usize) -> Result<(), WalkError> {
+        self.put(manifest, tag, group);
+        let Some(bytes) = walk::get(self.chunks, manifest)? else {
+            self.whole = false;
+            return Ok(());
+        };
+        let manifest = Manifest::parse(&bytes)?;
+        let mut segments = HashSet::new();
+        for file in &manifest.files {
+            for segment in file.segment_digests()? {
+                if !segments.insert(segment) {
+                    continue;
+                }
+                self.put(&segment, tag, group);
+                let Some(bytes) = walk::get(self.chunks, &segment)? else {
+                    self.whole = false;
+                    continue;
+                };
+                for id in segment_ids(&bytes) {
+                    self.put(&id, tag, group);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Weigh everything. Blocks; about 50 bytes of memory a chunk meanwhile.
+fn weigh(chunks: &ChunkStore, named: Named) -> Result<Usage, WalkError> {
+    let tags = named.groups.iter().map(|g| g.tags.len()).sum();
+    let mut scales = Scales {
+        chunks,
+        seen: HashMap::new(),
+        total: 0,
+        whole: true,
+        tags: vec![(0, 0); tags],
+        groups: vec![(0, 0); named.groups.len()],
+    };
+    let mut at = 0;
+    for (group, of) in named.groups.iter().enumerate() {
+        for (_, manifest) in &of.tags {
+            scales.put_all(manifest, at, group)?;
+            at += 1;
+        }
+    }
+    let mut weights = scales.tags.into_iter();
+    let mut templates = Vec::new();
+    for (group, (stored_bytes, unique_bytes)) in named.groups.into_iter().zip(scales.groups) {
+        let weighed = group.tags.into_iter().zip(&mut weights);
+        let tags: Vec<TagUsage> = weighed
+            .map(|((tag, _), (stored_bytes, unique_bytes))| TagUsage {
+                stored_bytes,
+                unique_bytes,
+                ..tag
+            })
+            .collect();
+        if group.id.is_empty() {
+            continue;
+        }
+        templates.push(TemplateUsage {
+            quota: named.quotas.get(&group.name).copied(),
+            id: group.id,
+            name: group.name,
+            logical_bytes: tags.iter().map(|t| t.logical_bytes).sum(),
+            stored_bytes,
+            unique_bytes,
+            tags,
+        });
+    }
+    Ok(Usage {
+        stored_bytes: scales.total,
+        whole: scales.whole,
+        quota: named.quotas.get("").copied(),
+        quotas: named.quotas,
+        templates,
+    })
+}
+
+impl RegistryService {
+    /// The weights as of everything acknowledged before the call.
+    pub(super) async fn usage(&self) -> Result<Arc<Usage>, Refused> {
+        let named = self.catalog.take(Consistency::Linearizable, named).await?;
+        let position = named.position;
+        {
+            let known = self.weights.lock();
+            if let Some((at, usage)) = known.as_ref()
+                && *at == position
+                && usage.whole
+                && usage.quotas == named.quotas
+            {
+                return Ok(Arc::clone(usage));
+            }
+        }
+        let usage = Arc::new(self.weigh(named).await?);
+        *self.weights.lock() = Some((position, Arc::clone(&usage)));
+        Ok(usage)
+    }
+
+    async fn weigh(&self, named: Named) -> Result<Usage, Refused> {
+        let unable = |e: String| fail(StatusCode::SERVICE_UNAVAILABLE, e);
+        let _turn = self
+            .walks
+            .acquire()
+            .await
+            .map_err(|e| unable(e.to_string()))?;
+        let chunks = self.chunks.clone();
+        tokio::task::spawn_blocking(move || weigh(&chunks, named))
+            .await
+            .map_err(|e| unable(e.to_string()))?
+            .map_err(|e| unable(answer::chain(&e)))
+    }
+
+    /// Why a tag of `template` with so many bytes more may not be stored, if a quota says so.
+    pub(super) async fn over_quota(
+        &self,
+        template: &str,
+        more: u64,
+    ) -> Result<Option<String>, Refused> {
+        if !self.has_quota(template).await? {
+            return Ok(None);
+        }
+        let usage = self.usage().await?;
+        let of = usage.templates.iter().find(|t| t.name == template);
+        let own = of.map_or(0, |t| t.stored_bytes);
+        let quota = usage.quotas.get(template).copied();
+        Ok(
+            exceeds(&format!("template {template}"), quota, own, own + more).or_else(|| {
+                let stored = usage.stored_bytes;
+                exceeds("all templates", usage.quota, stored, stored + more)
+            }),
+        )
+    }
+
+    /// The same for a manifest whose chunks are here already.
+    pub(super) async fn manifest_over_quota(
+        &self,
+        template: &str,
+        manifest: Id,
+    ) -> Result<Option<String>, Refused> {
+        if !self.has_quota(template).await? {
+            return Ok(None);
+        }
+        let before = self.usage().await?;
+        let mut with = self.catalog.take(Consistency::Linearizable, named).await?;
+        let new = (TagUsage::default(), manifest);
+        match with
+            .groups
+            .iter_mut()
+            .find(|g| g.name == template && !g.id.is_empty())
+        {
+            Some(group) => group.tags.push(new),
+            None => with.groups.push(Group {
+                id: "new".to_owned(),
+                name: template.to_owned(),
+                tags: vec![new],
+            }),
+        }
+        let after = self.weigh(with).await?;
+        let own = |usage: &Usage| {
+            let of = usage.templates.iter().find(|t| t.name == template);
+            of.map_or(0, |t| t.stored_bytes)
+        };
+        let quota = after.quotas.get(template).copied();
+        let why = exceeds(
+            &format!("template {template}"),
+            quota,
+            own(&before),
+            own(&after),
+        );
+        Ok(why.or_else(|| {
+            let (was, now) = (before.stored_bytes, after.stored_bytes);
+            exceeds("all templates", after.quota, was, now)
+        }))
+    }
+
+    async fn has_quota(&self, template: &str) -> Result<bool, Refused> {
+        let any = |state: &model::State| {
+            state.quotas.contains_key("") || state.quotas.contains_key(template)
+        };
+        Ok(self.catalog.take(Consistency::Linearizable, any).await?)
+    }
+}
+
+/// What adds nothing is never refused, however small the quota has become.
+fn exceeds(of: &str, quota: Option<u64>, before: u64, after: u64) -> Option<String> {
+    let quota = quota.filter(|quota| after > *quota && after > before)?;
+    Some(format!(
+        "the quota of {of} is {quota} bytes, {before} are stored and this adds up to {}: delete tags, or raise it with `mainstay registry quota`",
+        after - before
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exceeds;
+
+    #[test]
+    fn a_quota_refuses_growth_only() {
+        assert_eq!(exceeds("t", None, 0, u64::MAX), None);
+        assert_eq!(exceeds("t", Some(10), 5, 10), None);
+        assert!(exceeds("t", Some(10), 5, 11).is_some_and(|why| why.contains("adds up to 6")));
+        assert_eq!(exceeds("t", Some(1), 5, 5), None, "nothing new");
+    }
+}
