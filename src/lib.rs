@@ -8,6 +8,7 @@ compile_error!("seeded bugs are for tests: never build a release with them");
 pub mod agents;
 pub mod app;
 pub mod backup;
+pub mod bucket;
 pub mod cli;
 pub mod config;
 pub mod descriptors;

@@ -12,6 +12,7 @@
 
 use crate::app::App;
 use crate::backup::{export::Saver, schedule};
+use crate::bucket;
 use crate::config::Config;
 use crate::founding::{self, Ledger, Parted};
 use crate::http::{About, ApiState};
@@ -38,7 +39,7 @@ use parking_lot::RwLock;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -402,7 +403,7 @@ struct Stores {
 }
 
 impl Stores {
-    fn open(config: &Config) -> anyhow::Result<Self> {
+    fn open(config: &Config, id: u64, cluster: &str, runtime: Handle) -> anyhow::Result<Self> {
         let root = &config.data_dir;
         // First: on a full disk the others open on what it gives up.
         let space = Space::new(root, config.low_disk)?;
@@ -417,7 +418,13 @@ impl Stores {
             log: Arc::new(Wal::open_with(&root.join("log"), log)?),
             engine: Arc::new(SledEngine::open_on(&root.join("state"), disk.clone())?.for_good()),
             snapshots: SnapshotDir::open_on(&root.join("snapshots"), disk)?,
-            chunks: ChunkStore::open(&root.join("chunks"))?,
+            chunks: bucket::open_chunks(
+                config.blob_store.as_ref(),
+                &root.join("chunks"),
+                (id, cluster),
+                config.upkeep.collect.grace,
+                runtime,
+            )?,
             names: BlobNames::open(&root.join("blobs"))?,
             space,
         })
@@ -427,11 +434,13 @@ impl Stores {
 impl Member {
     async fn start(port: &Arc<PeerPort>, cluster_id: &str) -> anyhow::Result<Self> {
         let config = port.config.clone();
-        let stores = tokio::task::spawn_blocking(move || Stores::open(&config))
+        let (id, cluster) = (port.ledger.member_id(), cluster_id.to_owned());
+        let runtime = Handle::current();
+        let opening = move || Stores::open(&config, id, &cluster, runtime);
+        let stores = tokio::task::spawn_blocking(opening)
             .await?
             .context("cannot open the data directory")?;
         let state = Arc::new(RwLock::new(State::default()));
-        let id = port.ledger.member_id();
         let db_size = {
             let (log, engine) = (Arc::clone(&stores.log), Arc::clone(&stores.engine));
             Arc::new(move || log.state().disk_bytes + engine.disk_bytes())

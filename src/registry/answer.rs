@@ -9,6 +9,7 @@ use http::{HeaderValue, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Limited};
 use mainstay_model::Refusal;
 use mainstay_raft::GroupError;
+use mainstay_storage::StorageError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -95,6 +96,15 @@ pub(super) fn fail(status: StatusCode, message: impl Into<String>) -> Refused {
         status,
         message: message.into(),
     }
+}
+
+/// The chunks cannot be stored or read: the disk is full or faulty, or their bucket does not answer.
+pub(super) fn storage(error: &StorageError) -> Refused {
+    let status = match error {
+        StorageError::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+        _ => StatusCode::INSUFFICIENT_STORAGE,
+    };
+    fail(status, chain(error))
 }
 
 /// A request that cannot be understood.

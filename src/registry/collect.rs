@@ -19,8 +19,9 @@ use crate::stamp;
 use axum::extract::{Request, State};
 use mainstay_agent::transfer::api::{Collection, CollectionStatus};
 use mainstay_model::feature::TAG_NOTES;
-use mainstay_storage::chunks::Survey;
+use mainstay_storage::chunks::{Members, Survey};
 use parking_lot::Mutex;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -126,6 +127,11 @@ async fn run_once(
     dry_run: bool,
     report: &mut Collection,
 ) -> Result<(), String> {
+    let shared = service.chunks.shared();
+    if shared {
+        // What others wrote, also again in a better place.
+        service.see_shared(Vec::new()).await?;
+    }
     let mark = service.chunks.begin_mark();
     let known_bad = service.chunks.stats().damaged;
     let kept = keep(service, Kept::default()).await?;
@@ -154,6 +160,10 @@ async fn run_once(
         // Older releases, which would not take the list away, do not start any more.
         service.chunks.keep_ages();
     }
+    let members = match shared && !dry_run {
+        true => Some(members(service).await?),
+        false => None,
+    };
     let grace = service.collect.grace;
     let chunks = service.chunks.clone();
     let pace = Pace::new(service.collect.rate);
@@ -169,6 +179,9 @@ async fn run_once(
                 wait_while(&wanted, pace.spend(bytes))
             })?),
         };
+        if let Some(members) = members {
+            chunks.tidy(&members)?;
+        }
         let after = chunks.stats();
         Ok((survey, swept, before, after))
     });
@@ -205,6 +218,21 @@ fn wait_while(wanted: &Weak<()>, pause: Duration) -> bool {
         }
         std::thread::sleep(left.min(PAUSE_STEP));
     }
+}
+
+/// Who may have claims on what members share, as of now.
+async fn members(service: &RegistryService) -> Result<Members, String> {
+    let gone = |state: &mainstay_model::State| -> BTreeSet<u64> {
+        state.retired.keys().map(|id| id.0).collect()
+    };
+    let gone = service.catalog.take(Consistency::Linearizable, gone).await;
+    let gone = gone.map_err(|e| answer::chain(&e))?;
+    let status = service.catalog.members().await;
+    let status = status.map_err(|e| answer::chain(&e))?;
+    Ok(Members {
+        present: status.members.keys().copied().collect(),
+        gone,
+    })
 }
 
 fn describe(report: &mut Collection, survey: &Survey) {

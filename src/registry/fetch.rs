@@ -36,6 +36,16 @@ impl RegistryService {
             said.push(why);
             return (rest, said);
         }
+        if self.chunks.shared() && !rest.is_empty() {
+            // What any member has stored is there for all: nothing is copied.
+            match self.see_shared(rest.clone()).await {
+                Ok(lacking) => rest = lacking,
+                Err(why) => {
+                    said.push(why);
+                    return (rest, said);
+                }
+            }
+        }
         for &source in sources {
             if rest.is_empty() {
                 break;
@@ -78,6 +88,21 @@ impl RegistryService {
             .collect();
         first.extend(others);
         first
+    }
+
+    /// Learn what others have put into the bucket that members share; those of these that are not
+    /// held then.
+    pub(super) async fn see_shared(&self, ids: Vec<Id>) -> Result<Vec<Id>, String> {
+        let chunks = self.chunks.clone();
+        let adopt = move || {
+            let ids: Vec<ChunkId> = ids.into_iter().map(ChunkId).collect();
+            chunks.adopt(&ids)
+        };
+        let lacking = tokio::task::spawn_blocking(adopt).await;
+        let lacking = lacking
+            .map_err(|e| e.to_string())?
+            .map_err(|e| super::answer::chain(&e))?;
+        Ok(lacking.into_iter().map(|id| id.0).collect())
     }
 
     fn lacking(&self, ids: &[Id]) -> Vec<Id> {

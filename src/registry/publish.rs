@@ -205,9 +205,7 @@ impl RegistryService {
             Ok(Reach::Known(known)) => Err(lacking(known.lacking.len())),
             Ok(Reach::Names(names)) => Err(lacking(names.len())),
             Err(WalkError::Invalid(e)) => Err(bad(e.to_string())),
-            Err(WalkError::Storage(e)) => {
-                Err(fail(StatusCode::INSUFFICIENT_STORAGE, answer::chain(&e)))
-            }
+            Err(WalkError::Storage(e)) => Err(answer::storage(&e)),
         }
     }
 

@@ -40,9 +40,13 @@ pub(super) async fn missing(
     let local = is_local(&request);
     let ids = read_ids(request).await?;
     let lacking = |id: &Id| *id != ZERO_CHUNK && !service.chunks.contains(&ChunkId(*id));
-    if !local {
-        let wanted: Vec<Id> = ids.iter().filter(|id| lacking(id)).copied().collect();
-        if !wanted.is_empty() {
+    if !local && ids.iter().any(lacking) {
+        if service.chunks.shared() {
+            // Another member may have stored it since this one looked.
+            let looked = service.see_shared(Vec::new()).await;
+            looked.map_err(|why| fail(StatusCode::SERVICE_UNAVAILABLE, why))?;
+        } else {
+            let wanted: Vec<Id> = ids.iter().filter(|id| lacking(id)).copied().collect();
             service.bring_what_others_have(&wanted).await;
         }
     }
@@ -128,10 +132,7 @@ impl RegistryService {
             Ok(Err(error @ StorageError::BadDigest(_))) => Err(bad(error.to_string())),
             Ok(Err(error)) => {
                 tracing::error!(error = %answer::chain(&error), "could not store chunks");
-                Err(fail(
-                    StatusCode::INSUFFICIENT_STORAGE,
-                    answer::chain(&error),
-                ))
+                Err(answer::storage(&error))
             }
             Err(_) => Err(stopping()),
         }

@@ -202,6 +202,11 @@ fn one_file_names_sled_and_raft_alone_names_openraft() {
         "one file names sled: {:?}",
         naming("sled")
     );
+    assert_eq!(
+        naming("object_store"),
+        [PathBuf::from("src/bucket.rs")],
+        "one file speaks to buckets"
+    );
     for file in naming("openraft") {
         assert!(
             file.starts_with("raft/src"),

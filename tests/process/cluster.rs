@@ -53,7 +53,7 @@ pub(crate) struct Cluster {
 
 /// Below the range that the system hands out by itself: between now and the member's start nobody's
 /// outgoing connection takes it. Random, so that test runs side by side do not meet.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     loop {
         let port =
             10_000 + (std::hash::BuildHasher::hash_one(&RandomState::new(), ()) % 22_000) as u16;

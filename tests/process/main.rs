@@ -25,6 +25,9 @@ mod push;
 mod refused;
 mod rescue;
 mod reverted;
+mod shared_store;
+#[path = "../../storage/tests/conformance/sharing.rs"]
+mod sharing;
 mod snapshots;
 mod thin_line;
 mod upgrade;

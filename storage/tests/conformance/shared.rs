@@ -247,6 +247,23 @@ fn damage_in_the_bucket_and_here() {
     );
 }
 
+/// A repaired member has a new identity on its old directory: nothing that the old one claimed counts.
+#[test]
+fn a_new_identity_inherits_no_claims() {
+    let dir = crate::support::tempdir();
+    let cloud = Cloud::new(Arc::<MemoryBucket>::default(), dir.path());
+    let old = cloud.open(1);
+    old.put((0..5).map(record).collect()).unwrap();
+    drop(old);
+    std::fs::rename(cloud.dir_of(1), cloud.dir_of(4)).unwrap();
+    let new = cloud.open(4);
+    assert!(!new.contains(&id(0)));
+    let ids: Vec<ChunkId> = (0..5).map(id).collect();
+    assert!(new.adopt(&ids).unwrap().is_empty());
+    assert_eq!(cloud.objects("claims/0000000000000004/").len(), 1);
+    assert_eq!(new.records(&ids).unwrap().records.len(), 5);
+}
+
 #[test]
 fn another_clusters_bucket_is_refused() {
     let dir = crate::support::tempdir();

@@ -8,7 +8,7 @@
 //! append: claim the name -> create the object (durable) -> copy of its index here -> held
 //! look:   list what others wrote -> ask for a claim -> nobody is deleting it? it is there? -> claim -> held
 //! ```
-//! A copy of the index of each pack that this member relies on lies in the directory `index`: a start
+//! A copy of the index of each pack that this member relies on lies in the directory `index/MEMBER`: a start
 //! needs no bucket. A pack whose copy is there is claimed; the other way round is made good by `tidy`.
 
 mod cache;
@@ -189,7 +189,8 @@ impl BucketPacks {
         bucket: Arc<dyn Bucket>,
         options: &SharedOptions,
     ) -> Result<(Self, Index)> {
-        let copies = dir.join("index");
+        let copies = copies_of(dir, options.member);
+        forget_others(dir, &copies)?;
         std::fs::create_dir_all(&copies).map_err(disk_error("create", &copies))?;
         let cache_dir = dir.join("cache");
         let cache =
@@ -233,11 +234,11 @@ impl BucketPacks {
     }
 
     fn copy_path(&self, name: &PackName, size: u64) -> PathBuf {
-        self.dir.join("index").join(format!("{name}-{size:x}.idx"))
+        copies_of(&self.dir, self.me).join(format!("{name}-{size:x}.idx"))
     }
 
     fn copies(&self) -> Result<Vec<(PackName, u64)>> {
-        let dir = self.dir.join("index");
+        let dir = copies_of(&self.dir, self.me);
         let mut found = Vec::new();
         for file in crate::disk::file_names(&dir)? {
             let parsed = file.strip_suffix(".idx").and_then(|stem| {
@@ -515,7 +516,7 @@ impl Backend for BucketPacks {
         self.disk
             .remove(&path)
             .map_err(disk_error("remove", &path))?;
-        let dir = self.dir.join("index");
+        let dir = copies_of(&self.dir, self.me);
         self.disk
             .sync_dir(&dir)
             .map_err(disk_error("fsync", &dir))?;
@@ -565,6 +566,24 @@ impl Backend for BucketPacks {
     fn common(&self) -> Option<&BucketPacks> {
         Some(self)
     }
+}
+
+/// Where the copies of a member's packs' indexes are.
+fn copies_of(dir: &Path, member: u64) -> PathBuf {
+    dir.join("index").join(format!("{member:016x}"))
+}
+
+/// A directory whose member has a new identity: the claims of the old one are void.
+fn forget_others(dir: &Path, ours: &Path) -> Result<()> {
+    let all = dir.join("index");
+    std::fs::create_dir_all(&all).map_err(disk_error("create", &all))?;
+    for entry in std::fs::read_dir(&all).map_err(disk_error("list", &all))? {
+        let path = entry.map_err(disk_error("list", &all))?.path();
+        if path != ours && path.is_dir() {
+            std::fs::remove_dir_all(&path).map_err(disk_error("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Length of the object of these records.
