@@ -75,14 +75,51 @@ pub struct Blob {
     pub size: u64,
 }
 
+/// What a record costs beyond what it names: keys, pointers, holders, numbers.
+const RECORD: u64 = 512;
+/// What each thing costs that stands in a list of its own.
+const ENTRY: u64 = 96;
+
 impl Artifact {
     /// Enough members hold it.
     pub fn visible(&self) -> bool {
         self.visible_ms.is_some()
     }
+
+    /// What it counts for in [`crate::limits::REPOSITORY_BYTES`]. A tag that waits counts as the tag that
+    /// it will be, so that showing it never needs more room than there is. Template tags have bounds of
+    /// their own.
+    pub fn weight(&self) -> u64 {
+        let waiting = self.waiting_tags.keys().map(|tag| tag_weight(tag));
+        self.content.weight() + waiting.sum::<u64>()
+    }
+}
+
+impl ArtifactContent {
+    pub(crate) fn weight(&self) -> u64 {
+        let texts = self.media_type.len() + self.artifact_type.len();
+        RECORD + texts as u64 + 40 * self.blobs.len() as u64
+    }
+}
+
+/// What a tag counts for; the name stands in it, and in its key.
+pub(crate) fn tag_weight(name: &str) -> u64 {
+    ENTRY + 2 * name.len() as u64
+}
+
+/// What a repository of this name counts for beside what is in it.
+pub(crate) fn repository_weight(name: &str) -> u64 {
+    ENTRY + name.len() as u64
 }
 
 impl Repository {
+    /// What it counts for, all in all.
+    pub(crate) fn weight(&self, name: &str) -> u64 {
+        let artifacts = self.artifacts.values().map(Artifact::weight);
+        let tags = self.tags.keys().map(|tag| tag_weight(tag));
+        repository_weight(name) + artifacts.sum::<u64>() + tags.sum::<u64>()
+    }
+
     /// The visible artifact with this digest.
     pub fn artifact(&self, digest: &Sha256) -> Option<&Artifact> {
         self.artifacts.get(digest).filter(|a| a.visible())

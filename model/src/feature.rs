@@ -11,11 +11,12 @@
 //! | 4 | OCI artifacts: `PutArtifact` and what follows from it |
 //! | 5 | those stored before level 3 move sixteen at a time, when the first of them is replaced; raised to less, all move at once |
 //! | 7 | `DescribeTag`, `NotePulls`, `SetQuota` |
+//! | 8 | what all repositories say together has a bound, and a manifest one media type |
 
 use crate::command::Command;
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 7;
+pub const SUPPORTED: u32 = 8;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
 /// At which they move there little by little.
@@ -26,6 +27,9 @@ pub const RETIRE_MEMBER: u32 = 2;
 pub const ARTIFACTS: u32 = 4;
 /// At which what is said of tags may be changed, and how much may be stored.
 pub const TAG_NOTES: u32 = 7;
+/// At which a put of an artifact is refused that the cluster has no room for, or that calls a known
+/// manifest by another media type.
+pub const ARTIFACT_ROOM: u32 = 8;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it

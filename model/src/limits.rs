@@ -52,6 +52,9 @@ pub const REPOSITORY_TAGS: usize = 20_000;
 pub const ARTIFACT_TAGS: usize = 64;
 /// Blobs of one artifact: they stand in the log entry, 40 bytes each.
 pub const ARTIFACT_BLOBS: usize = 1_000;
+/// What all repositories say together, by [`crate::artifact::Artifact::weight`] and its like: about
+/// what it takes in memory, and in each snapshot, of every member.
+pub const REPOSITORY_BYTES: u64 = 256 << 20;
 /// Members recorded as holders of one tag, members that are gone included.
 pub const HOLDERS: usize = 64;
 /// Members that were taken out and are remembered; the oldest is forgotten.

@@ -6,8 +6,9 @@
 //! is one thing: what is a template's tag names no other artifact, and the other way around.
 
 use super::{Applied, check, template};
-use crate::artifact::{Artifact, Repository, RepositoryTag};
+use crate::artifact::{self, Artifact, Repository, RepositoryTag};
 use crate::command::ArtifactPut;
+use crate::feature::ARTIFACT_ROOM;
 use crate::ids::{Digest, MemberId, Sha256, TemplateId};
 use crate::limits::{self, clip};
 use crate::outcome::{Outcome, Refusal};
@@ -30,12 +31,13 @@ pub(super) fn put(state: &mut State, put: &ArtifactPut) -> Applied {
     }
     let known = before.and_then(|r| r.artifacts.get(&digest));
     check_room(before, known, put)?;
+    if state.features >= ARTIFACT_ROOM {
+        check_kind(known, put)?;
+        check_bytes(state, before, known, put)?;
+    }
     check_tags(state, known, put)?;
     let mut artifact = match known {
-        // The same bytes may be cut otherwise by another release: who is visible stays what it is.
-        Some(known) if known.content.bundle == put.content.bundle || known.visible() => {
-            known.clone()
-        }
+        Some(known) if stays(known, put) => known.clone(),
         _ => new_artifact(state, put, known),
     };
     // Last of what may refuse, first of what changes.
@@ -53,6 +55,11 @@ pub(super) fn put(state: &mut State, put: &ArtifactPut) -> Applied {
     state.set_artifact(name, artifact);
     show(state, name, &digest, &put.voters);
     Ok(Outcome::Done)
+}
+
+/// The same bytes may be cut otherwise by another release: who is visible stays what it is.
+fn stays(known: &Artifact, put: &ArtifactPut) -> bool {
+    known.content.bundle == put.content.bundle || known.visible()
 }
 
 fn new_artifact(state: &State, put: &ArtifactPut, known: Option<&Artifact>) -> Artifact {
@@ -117,6 +124,46 @@ fn check_room(
         .count();
     let tags = repository.tags.len() + fresh;
     check::count("tags of a repository", tags, limits::REPOSITORY_TAGS)
+}
+
+/// The same bytes under another media type are not what the first client put.
+fn check_kind(known: Option<&Artifact>, put: &ArtifactPut) -> Result<(), Refusal> {
+    let Some(known) = known.filter(|k| k.content.media_type != put.content.media_type) else {
+        return Ok(());
+    };
+    let (digest, kind) = (known.content.digest, &known.content.media_type);
+    let text = format!("manifest {digest} is here as {kind}: delete it, or put it as that");
+    Err(Refusal::Conflict(text))
+}
+
+/// Room for what the put adds to all repositories. What adds nothing is never refused.
+fn check_bytes(
+    state: &State,
+    repository: Option<&Repository>,
+    known: Option<&Artifact>,
+    put: &ArtifactPut,
+) -> Result<(), Refusal> {
+    let mut more = 0;
+    if repository.is_none() {
+        more += artifact::repository_weight(&put.repository);
+    }
+    if !known.is_some_and(|known| stays(known, put)) {
+        let former = known.map_or(0, |known| known.content.weight());
+        more += put.content.weight().saturating_sub(former);
+    }
+    let there = |tag: &String| {
+        let named = repository.is_some_and(|r| r.tags.contains_key(tag));
+        named || known.is_some_and(|k| k.waiting_tags.contains_key(tag))
+    };
+    let tags = put.tags.iter().filter(|tag| !there(tag));
+    more += tags.map(|tag| artifact::tag_weight(tag)).sum::<u64>();
+    let (now, most) = (state.repository_bytes(), limits::REPOSITORY_BYTES);
+    if more == 0 || now.saturating_add(more) <= most {
+        return Ok(());
+    }
+    Err(check::limit(format!(
+        "the names of all artifacts take {now} bytes of every member's memory, this one {more} more, and at most {most} are allowed: delete manifests that nobody needs"
+    )))
 }
 
 /// None of its tags is a tag of the template of this name, unless it is that tag.
@@ -250,23 +297,20 @@ pub(super) fn report_held(
 /// See [`template::drop_holder`]: the same for artifacts.
 pub(super) fn drop_holder(state: &mut State, member: MemberId, voters: &BTreeSet<MemberId>) {
     let left = u32::try_from(voters.len()).unwrap_or(u32::MAX).max(1);
-    let touched =
-        |a: &Artifact| a.holders.contains(&member) || (!a.visible() && a.copies_needed > left);
-    let mut found = Vec::new();
-    for (name, repository) in &state.repositories {
-        let touched = repository.artifacts.values().filter(|a| touched(a));
-        found.extend(touched.map(|a| (name.clone(), a.clone())));
-    }
-    for (name, mut artifact) in found {
-        artifact.holders.remove(&member);
-        let (digest, hidden) = (artifact.content.digest, !artifact.visible());
-        if hidden {
-            artifact.copies_needed = artifact.copies_needed.min(left);
+    let mut hidden: Vec<(String, Sha256)> = Vec::new();
+    state.edit_artifacts(|name, artifact| {
+        let held = artifact.holders.remove(&member);
+        let eased = !artifact.visible() && artifact.copies_needed > left;
+        if eased {
+            artifact.copies_needed = left;
         }
-        state.set_artifact(&name, artifact);
-        if hidden {
-            show(state, &name, &digest, voters);
+        if (held || eased) && !artifact.visible() {
+            hidden.push((name.to_owned(), artifact.content.digest));
         }
+        held || eased
+    });
+    for (name, digest) in hidden {
+        show(state, &name, &digest, voters);
     }
 }
 
@@ -330,14 +374,12 @@ pub(super) fn drop_linked(state: &mut State, id: &TemplateId, gone: impl Fn(u32)
         .map(|t| ((id.clone(), t.number), t.name.clone()))
         .collect();
     let linked = |a: &&Artifact| a.template_tags.iter().any(|tag| gone.contains_key(tag));
-    let linked: Vec<Artifact> = repository
-        .artifacts
-        .values()
-        .filter(linked)
-        .cloned()
-        .collect();
-    for mut artifact in linked {
-        let digest = artifact.content.digest;
+    let linked = repository.artifacts.values().filter(linked);
+    let linked: Vec<Sha256> = linked.map(|a| a.content.digest).collect();
+    for digest in linked {
+        let Some(mut artifact) = find(state, &name, &digest).cloned() else {
+            continue;
+        };
         let former = std::mem::take(&mut artifact.template_tags);
         let (dropped, kept) = former.into_iter().partition(|tag| gone.contains_key(tag));
         artifact.template_tags = kept;

@@ -6,7 +6,7 @@ use super::index::Place;
 use super::instances::share_template_id;
 use super::journal::Owned;
 use super::key::Key;
-use crate::artifact::{Artifact, RepositoryTag};
+use crate::artifact::{self, Artifact, RepositoryTag};
 use crate::feature::{RECENT_BLOCKS, RECENT_GRADUALLY};
 use crate::group::Group;
 use crate::ids::{GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
@@ -196,6 +196,10 @@ impl State {
 
     /// Number of the next put into a repository, which is made if there is none.
     pub(crate) fn next_put(&mut self, repository: &str) -> u64 {
+        if !self.repositories.contains_key(repository) {
+            let weight = artifact::repository_weight(repository);
+            self.index.weigh_repositories(weight, 0);
+        }
         let entry = self.repositories.entry(repository.to_owned()).or_default();
         entry.puts = entry.puts.saturating_add(1);
         self.dirty.insert(Key::Repository(repository.to_owned()));
@@ -207,17 +211,33 @@ impl State {
         let Some(entry) = self.repositories.get_mut(repository) else {
             return;
         };
-        let digest = artifact.content.digest;
+        let (digest, gained) = (artifact.content.digest, artifact.weight());
         self.dirty
             .insert(Key::Artifact(repository.to_owned(), digest));
         self.journal
             .note(Owned::Artifact(repository.to_owned(), digest));
-        entry.artifacts.insert(digest, artifact);
+        let former = entry.artifacts.insert(digest, artifact);
+        let lost = former.map_or(0, |former| former.weight());
+        self.index.weigh_repositories(gained, lost);
+    }
+
+    /// Look at every artifact, and change in place those that `change` says it changed: nothing is copied.
+    /// Not what it weighs.
+    pub(crate) fn edit_artifacts(&mut self, mut change: impl FnMut(&str, &mut Artifact) -> bool) {
+        for (name, repository) in &mut self.repositories {
+            for (digest, artifact) in &mut repository.artifacts {
+                if change(name, artifact) {
+                    self.dirty.insert(Key::Artifact(name.clone(), *digest));
+                    self.journal.note(Owned::Artifact(name.clone(), *digest));
+                }
+            }
+        }
     }
 
     pub(crate) fn remove_artifact(&mut self, repository: &str, digest: &Sha256) {
         let entry = self.repositories.get_mut(repository);
-        if entry.is_some_and(|r| r.artifacts.remove(digest).is_some()) {
+        if let Some(former) = entry.and_then(|r| r.artifacts.remove(digest)) {
+            self.index.weigh_repositories(0, former.weight());
             self.dirty
                 .insert(Key::Artifact(repository.to_owned(), *digest));
             self.journal
@@ -237,17 +257,23 @@ impl State {
         };
         let key = Key::RepositoryTag(repository.to_owned(), tag.to_owned());
         self.dirty.insert(key);
-        match names {
+        let gained = names.as_ref().map_or(0, |_| artifact::tag_weight(tag));
+        let former = match names {
             Some(names) => entry.tags.insert(tag.to_owned(), names),
             None => entry.tags.remove(tag),
         };
+        let lost = former.map_or(0, |_| artifact::tag_weight(tag));
+        self.index.weigh_repositories(gained, lost);
     }
 
     /// A repository without an artifact has no tag either.
     pub(crate) fn remove_empty_repository(&mut self, repository: &str) {
         let entry = self.repositories.get(repository);
         if entry.is_some_and(|r| r.artifacts.is_empty()) {
-            self.repositories.remove(repository);
+            if let Some(former) = self.repositories.remove(repository) {
+                let weight = former.weight(repository);
+                self.index.weigh_repositories(0, weight);
+            }
             self.dirty.insert(Key::Repository(repository.to_owned()));
         }
     }

@@ -17,6 +17,8 @@ pub(super) struct Index {
     waiting: BTreeMap<Kind, BTreeSet<WaitKey>>,
     /// Ended instances, and since when.
     ended: BTreeSet<(u64, InstanceId)>,
+    /// What all repositories count for.
+    repositories: u64,
 }
 
 /// Who is on a node.
@@ -125,6 +127,17 @@ impl Index {
         self.template_names.remove(name);
     }
 
+    pub(super) fn repositories(&self) -> u64 {
+        self.repositories
+    }
+
+    pub(super) fn weigh_repositories(&mut self, gained: u64, lost: u64) {
+        self.repositories = self
+            .repositories
+            .saturating_add(gained)
+            .saturating_sub(lost);
+    }
+
     pub(super) fn enter(&mut self, instance: &Instance) {
         if instance.waits() {
             let kind = Kind::of(instance, !instance.rejections.is_empty());
@@ -207,6 +220,8 @@ impl Index {
         for (id, left) in &state.left {
             index.enter_left(id, left);
         }
+        let repositories = state.repositories.iter();
+        index.repositories = repositories.map(|(name, r)| r.weight(name)).sum();
         index
     }
 
@@ -223,6 +238,9 @@ impl Index {
         }
         if self.ended != fresh.ended {
             return Err("index of ended instances differs from the instances".into());
+        }
+        if self.repositories != fresh.repositories {
+            return Err("the weight of all repositories differs from theirs".into());
         }
         Ok(())
     }

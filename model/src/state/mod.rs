@@ -188,6 +188,11 @@ impl State {
         self.journal.succeed(&former.journal);
     }
 
+    /// What all repositories count for together; see [`crate::limits::REPOSITORY_BYTES`].
+    pub fn repository_bytes(&self) -> u64 {
+        self.index.repositories()
+    }
+
     /// A hash of everything replicated. Two members at the same applied index must agree; it
     /// finds accidents and bugs, it is no defence against forgery. Reads the whole state.
     pub fn digest(&self) -> u128 {

@@ -4,6 +4,7 @@
 
 mod golden;
 mod history;
+mod room;
 mod sample;
 mod script;
 
