@@ -1,7 +1,10 @@
 //! Names of uploaded blobs: which chunk describes the bytes that a scope knows by a SHA-256. One small
 //! file a name, durable before it is told; all of them in memory. Refuses to know what the bytes mean.
 //!
-//! A name is a promise for a while, not for good: its owner lets those expire that nobody renewed.
+//! A name is a promise for a while, not for good: its owner lets those expire that nobody renewed. A file
+//! that cannot be read may hold such a promise, so none is thrown away: one of a later version stays as it
+//! is, for the release that knows it; one with a single wrong bit is mended; any other is set aside as
+//! `NAME.damaged`. Only `NAME.tmp`, of which nobody was told, is removed.
 //!
 //! ```text
 //! "MSTBLOB\0"  version u32 (1)  size u64  seen_ms u64  chunk (32 bytes)  name (32 bytes)  scope
@@ -20,6 +23,10 @@ const MAGIC: &[u8; 8] = b"MSTBLOB\0";
 const VERSION: u32 = 1;
 /// Everything but the scope.
 const FIXED_LEN: usize = 8 + 4 + 8 + 8 + 32 + 32 + 4;
+/// What an unfinished file's name ends with.
+const UNFINISHED: &str = ".tmp";
+/// What a damaged file's name ends with.
+const DAMAGED: &str = ".damaged";
 /// Bytes of a scope.
 pub const SCOPE_LEN_MAX: usize = 1024;
 
@@ -51,12 +58,14 @@ struct Inner {
     dir: PathBuf,
     disk: Arc<dyn Disk>,
     map: RwLock<BTreeMap<Key, BlobEntry>>,
+    /// Files that are no name for this release, and why.
+    aside: RwLock<BTreeMap<String, String>>,
     /// Held while files change, so that file and memory agree.
     changing: Mutex<()>,
 }
 
 impl BlobNames {
-    /// Open or create. A file that is not whole is removed: its client was not answered, or uploads again.
+    /// Open or create.
     pub fn open(dir: &Path) -> Result<Self> {
         Self::open_on(dir, Arc::new(RealDisk))
     }
@@ -64,29 +73,67 @@ impl BlobNames {
     /// On another disk.
     pub fn open_on(dir: &Path, disk: Arc<dyn Disk>) -> Result<Self> {
         create_dir_durable(disk.as_ref(), dir)?;
-        let mut map = BTreeMap::new();
+        let names = Self {
+            inner: Arc::new(Inner {
+                dir: dir.to_owned(),
+                disk,
+                map: RwLock::default(),
+                aside: RwLock::default(),
+                changing: Mutex::new(()),
+            }),
+        };
         for name in file_names(dir)? {
-            let path = dir.join(&name);
-            let bytes = std::fs::read(&path).map_err(io_error("read", &path))?;
-            match decode(&bytes) {
-                Some((key, entry)) if file_name(&key) == name => {
-                    map.insert(key, entry);
+            names.load(name)?;
+        }
+        Ok(names)
+    }
+
+    fn load(&self, name: String) -> Result<()> {
+        let (inner, path) = (&self.inner, self.inner.dir.join(&name));
+        if name.ends_with(UNFINISHED) {
+            return inner.disk.remove(&path).map_err(io_error("remove", &path));
+        }
+        if name.ends_with(DAMAGED) {
+            let why = "set aside at an earlier start".to_owned();
+            inner.aside.write().insert(name, why);
+            return Ok(());
+        }
+        let bytes = std::fs::read(&path).map_err(io_error("read", &path))?;
+        match read(&name, &bytes) {
+            Read::Whole(key, entry) => {
+                inner.map.write().insert(key, entry);
+            }
+            Read::Mended(key, entry) => {
+                tracing::warn!(file = %path.display(), "one bit of an upload's name was wrong and is put right");
+                // What it says is known now; the file may as well be mended at the next start.
+                if let Err(error) = inner.write(&key, &entry) {
+                    tracing::warn!(%error, "could not write it");
                 }
-                _ => {
-                    tracing::warn!(file = %path.display(), "removed the name of an upload that is not whole");
-                    disk.remove(&path).map_err(io_error("remove", &path))?;
+                inner.map.write().insert(key, entry);
+            }
+            Read::Later(version) => {
+                let why = format!("of format {version}, which a later release wrote");
+                tracing::error!(file = %path.display(), why, "an upload's name is left alone and not served: start the release that wrote it, or push the blob again");
+                inner.aside.write().insert(name, why);
+            }
+            Read::Damaged => {
+                let other = format!("{name}{DAMAGED}");
+                tracing::error!(file = %path.display(), "the name of an upload is damaged and set aside as {other}: its blob must be pushed again");
+                let moved = inner.disk.rename(&path, &inner.dir.join(&other));
+                let moved = moved.and_then(|()| inner.disk.sync_dir(&inner.dir));
+                if let Err(error) = moved {
+                    tracing::warn!(%error, "could not set it aside");
                 }
+                inner.aside.write().insert(other, "damaged".to_owned());
             }
         }
-        let inner = Inner {
-            dir: dir.to_owned(),
-            disk,
-            map: RwLock::new(map),
-            changing: Mutex::new(()),
-        };
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        Ok(())
+    }
+
+    /// Files that are no name for this release, and why.
+    pub fn aside(&self) -> Vec<(String, String)> {
+        let aside = self.inner.aside.read();
+        aside.iter().map(|(n, w)| (n.clone(), w.clone())).collect()
     }
 
     /// What this scope knows by this name.
@@ -116,27 +163,51 @@ impl BlobNames {
             return Err(crate::StorageError::Misuse("the scope is too long".into()));
         }
         let key = (scope.to_owned(), name);
-        let path = self.inner.dir.join(file_name(&key));
         let _one = self.inner.changing.lock();
-        let temp = path.with_extension("tmp");
-        replace_file(
-            self.inner.disk.as_ref(),
-            &path,
-            &temp,
-            &encode(&key, &entry),
-        )?;
+        self.inner.write(&key, &entry)?;
+        // What a later release said of it is replaced.
+        self.inner.aside.write().remove(&file_name(&key));
         self.inner.map.write().insert(key, entry);
         Ok(())
     }
 
-    /// Forget a name; `false` if there was none. It may be back after a power cut.
+    /// It was asked for at `seen_ms`; durable on return. `false` if it is not there (any more): a name that
+    /// was removed meanwhile does not come back.
+    pub fn renew(&self, scope: &str, name: &BlobName, seen_ms: u64) -> Result<bool> {
+        let key = (scope.to_owned(), *name);
+        let _one = self.inner.changing.lock();
+        let Some(entry) = self.inner.map.read().get(&key).copied() else {
+            return Ok(false);
+        };
+        let entry = BlobEntry { seen_ms, ..entry };
+        self.inner.write(&key, &entry)?;
+        self.inner.map.write().insert(key, entry);
+        Ok(true)
+    }
+
+    /// Forget a name, for good once this returns; `false` if there was none. A file of a later release
+    /// under this name goes as well: whoever asks means the blob, not its format.
     pub fn remove(&self, scope: &str, name: &BlobName) -> Result<bool> {
         let key = (scope.to_owned(), *name);
         let _one = self.inner.changing.lock();
-        self.remove_key(&key)
+        let file = file_name(&key);
+        let there = self.inner.aside.read().contains_key(&file);
+        if there {
+            let path = self.inner.dir.join(&file);
+            let removed = self.inner.disk.remove(&path);
+            removed.map_err(io_error("remove", &path))?;
+            self.inner.aside.write().remove(&file);
+        }
+        let removed = there | self.remove_key(&key)?;
+        if removed {
+            let dir = &self.inner.dir;
+            let synced = self.inner.disk.sync_dir(dir);
+            synced.map_err(io_error("sync directory", dir))?;
+        }
+        Ok(removed)
     }
 
-    /// Forget those not seen since `before_ms`; how many.
+    /// Forget those not seen since `before_ms`; how many. They may be back after a power cut.
     pub fn expire(&self, before_ms: u64) -> Result<usize> {
         let _one = self.inner.changing.lock();
         let old: Vec<Key> = {
@@ -163,6 +234,48 @@ impl BlobNames {
         }
         self.inner.map.write().remove(key);
         Ok(true)
+    }
+}
+
+impl Inner {
+    /// Durable on return.
+    fn write(&self, key: &Key, entry: &BlobEntry) -> Result<()> {
+        let path = self.dir.join(file_name(key));
+        let temp = self.dir.join(format!("{}{UNFINISHED}", file_name(key)));
+        replace_file(self.disk.as_ref(), &path, &temp, &encode(key, entry))
+    }
+}
+
+/// What a file says.
+enum Read {
+    Whole(Key, BlobEntry),
+    Mended(Key, BlobEntry),
+    /// Of this version.
+    Later(u32),
+    Damaged,
+}
+
+fn read(name: &str, bytes: &[u8]) -> Read {
+    let fits = |bytes: &[u8]| decode(bytes).filter(|(key, _)| file_name(key) == name);
+    if let Some((key, entry)) = fits(bytes) {
+        return Read::Whole(key, entry);
+    }
+    // The checksum finds one wrong bit by trying all; the blob itself is verified wherever it is read.
+    if bytes.len() <= FIXED_LEN + SCOPE_LEN_MAX {
+        let mut bent = bytes.to_vec();
+        for bit in 0..bytes.len() * 8 {
+            let (at, mask) = (bit / 8, 1 << (bit % 8));
+            bent[at] ^= mask;
+            if let Some((key, entry)) = fits(&bent) {
+                return Read::Mended(key, entry);
+            }
+            bent[at] ^= mask;
+        }
+    }
+    let version = bytes.strip_prefix(MAGIC).and_then(<[u8]>::first_chunk::<4>);
+    match version.map(|v| u32::from_le_bytes(*v)) {
+        Some(version) if version > VERSION => Read::Later(version),
+        _ => Read::Damaged,
     }
 }
 
@@ -242,28 +355,111 @@ mod tests {
         assert_eq!(BlobNames::open(dir.path()).unwrap().all().len(), 1);
     }
 
-    /// Cut anywhere, or with any byte changed: not there, and out of the way.
-    #[test]
-    fn a_file_that_is_not_whole_is_removed() {
+    const KEY: [u8; 32] = [7; 32];
+
+    /// A directory with one name, its file, and the file's bytes.
+    fn one() -> (tempfile::TempDir, PathBuf, Vec<u8>) {
         let dir = tempfile::tempdir().unwrap();
         let names = BlobNames::open(dir.path()).unwrap();
-        names.put("scope", [7; 32], entry(7)).unwrap();
-        let file = dir.path().join(file_name(&("scope".to_owned(), [7; 32])));
+        names.put("scope", KEY, entry(7)).unwrap();
+        let file = dir.path().join(file_name(&("scope".to_owned(), KEY)));
         let whole = std::fs::read(&file).unwrap();
-        for at in 0..whole.len() {
+        (dir, file, whole)
+    }
+
+    fn damaged(file: &Path) -> PathBuf {
+        PathBuf::from(format!("{}{DAMAGED}", file.display()))
+    }
+
+    #[test]
+    fn one_wrong_bit_is_put_right() {
+        let (dir, file, whole) = one();
+        for bit in (0..whole.len() * 8).step_by(5) {
             let mut bent = whole.clone();
-            bent[at] ^= 0x10;
-            for bytes in [&whole[..at], &bent] {
-                std::fs::write(&file, bytes).unwrap();
+            bent[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&file, &bent).unwrap();
+            let names = BlobNames::open(dir.path()).unwrap();
+            let wanted = [("scope".to_owned(), KEY, entry(7))];
+            assert_eq!(names.all(), wanted, "bit {bit}");
+            assert_eq!(std::fs::read(&file).unwrap(), whole, "bit {bit}");
+            assert_eq!(names.aside(), []);
+        }
+    }
+
+    #[test]
+    fn a_damaged_file_is_set_aside_and_nothing_of_it_is_lost() {
+        let (dir, file, whole) = one();
+        let mut scrambled = whole.clone();
+        scrambled[30..40].fill(0xa5);
+        let cuts = (0..whole.len()).map(|at| whole[..at].to_vec());
+        for bytes in cuts.chain([scrambled]) {
+            std::fs::write(&file, &bytes).unwrap();
+            for _ in 0..2 {
                 let names = BlobNames::open(dir.path()).unwrap();
-                assert_eq!(names.all(), [], "{at}");
+                assert_eq!(names.all(), []);
+                assert_eq!(names.aside().len(), 1);
                 assert!(!file.exists());
+                assert_eq!(std::fs::read(damaged(&file)).unwrap(), bytes);
             }
         }
-        // Under another's name, and an unfinished one.
+        let names = BlobNames::open(dir.path()).unwrap();
+        names.put("scope", KEY, entry(8)).unwrap();
+        let again = BlobNames::open(dir.path()).unwrap();
+        assert_eq!(again.get("scope", &KEY), Some(entry(8)));
+        // Under another's name; and an unfinished one, which was told to nobody.
         std::fs::write(dir.path().join("other"), &whole).unwrap();
-        std::fs::write(file.with_extension("tmp"), &whole).unwrap();
+        std::fs::write(format!("{}{UNFINISHED}", file.display()), &whole).unwrap();
+        let names = BlobNames::open(dir.path()).unwrap();
+        assert_eq!(names.all().len(), 1);
+        assert_eq!(names.aside()[1].0, "other.damaged");
+        assert_eq!(file_names(dir.path()).unwrap().len(), 3);
+    }
+
+    /// A release that went back and comes again finds what it had said.
+    #[test]
+    fn a_file_of_a_later_release_is_left_alone_and_not_served() {
+        let (dir, file, whole) = one();
+        let later = |with_sum: bool| {
+            let mut bytes = whole[..whole.len() - 4].to_vec();
+            bytes[8..12].copy_from_slice(&2_u32.to_le_bytes());
+            bytes.extend_from_slice(b"something new");
+            let crc = crc32fast::hash(&bytes);
+            if with_sum {
+                bytes.extend_from_slice(&crc.to_le_bytes());
+            }
+            bytes
+        };
+        for with_sum in [true, false] {
+            std::fs::write(&file, later(with_sum)).unwrap();
+            for _ in 0..2 {
+                let names = BlobNames::open(dir.path()).unwrap();
+                assert_eq!(names.all(), []);
+                assert!(names.aside()[0].1.contains("format 2"));
+                assert_eq!(names.expire(u64::MAX).unwrap(), 0);
+                assert_eq!(std::fs::read(&file).unwrap(), later(with_sum));
+            }
+        }
+        // What a client does counts: a delete is one, and so is an upload.
+        let names = BlobNames::open(dir.path()).unwrap();
+        assert!(names.remove("scope", &KEY).unwrap());
+        assert!(!file.exists() && names.aside().is_empty());
+        std::fs::write(&file, later(true)).unwrap();
+        let names = BlobNames::open(dir.path()).unwrap();
+        names.put("scope", KEY, entry(9)).unwrap();
+        assert_eq!(names.aside(), []);
+        let again = BlobNames::open(dir.path()).unwrap();
+        assert_eq!(again.get("scope", &KEY), Some(entry(9)));
+    }
+
+    #[test]
+    fn a_name_that_was_removed_is_not_renewed() {
+        let (dir, _, _) = one();
+        let names = BlobNames::open(dir.path()).unwrap();
+        assert!(names.renew("scope", &KEY, 5000).unwrap());
+        let again = BlobNames::open(dir.path()).unwrap();
+        assert_eq!(again.get("scope", &KEY).unwrap().seen_ms, 5000);
+        assert!(names.remove("scope", &KEY).unwrap());
+        assert!(!names.renew("scope", &KEY, 6000).unwrap());
         assert_eq!(BlobNames::open(dir.path()).unwrap().all(), []);
-        assert_eq!(file_names(dir.path()).unwrap(), [""; 0]);
     }
 }
