@@ -261,9 +261,11 @@ impl RegistryService {
     fn scrubs(&self) -> ScrubStatus {
         let broken = self.broken.lock();
         let broken = broken.iter().map(|(key, why)| format!("{key}: {why}"));
+        let names = self.names.aside().into_iter();
+        let names = names.map(|(file, why)| format!("name of an upload blobs/{file}: {why}"));
         ScrubStatus {
             damaged_now: self.chunks.stats().damaged,
-            broken: broken.collect(),
+            broken: broken.chain(names).collect(),
             ..self.scrubber.status()
         }
     }

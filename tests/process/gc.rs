@@ -295,7 +295,7 @@ pub(crate) async fn asked<T: DeserializeOwned>(
     serde_json::from_value(answer["body"].clone()).ok()
 }
 
-fn pack_files(data: &Path) -> Vec<PathBuf> {
+pub(crate) fn pack_files(data: &Path) -> Vec<PathBuf> {
     let mut packs = Vec::new();
     for entry in std::fs::read_dir(data.join("chunks")).unwrap().flatten() {
         packs.extend(Some(entry.path()).filter(|p| p.extension().is_some_and(|e| e == "mspk")));

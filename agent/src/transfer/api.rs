@@ -375,6 +375,7 @@ pub struct ScrubStatus {
     pub failure: String,
     /// Chunks that are damaged now: not held, and not fetched again yet.
     pub damaged_now: u64,
-    /// Tags that this member held and that are not whole any more, and what is known of each.
+    /// Tags that this member held and that are not whole any more, names of uploads that it cannot read,
+    /// and what is known of each.
     pub broken: Vec<String>,
 }

@@ -2,12 +2,12 @@
 
 use super::error::{
     OciAnswer, OciError, bad_digest, bad_size, full, method_not_allowed, no_blob, no_upload,
-    unavailable,
+    too_many, unavailable,
 };
 use super::ingest::Ingest;
 use super::locate::Located;
 use super::uploads::{Upload, UploadId};
-use super::{CONTENT_DIGEST, route, serve, value};
+use super::{CONTENT_DIGEST, STILL_MAX, route, serve, value};
 use crate::registry::RegistryService;
 use crate::registry::answer::{self, Params};
 use axum::body::Body;
@@ -19,20 +19,26 @@ use mainstay_agent::transfer::FileEntry;
 use mainstay_model::MemberId;
 use mainstay_model::feature::ARTIFACTS;
 use mainstay_model::ids::Sha256;
+use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-/// A client that sends nothing for so long has gone.
-const IDLE_MAX: Duration = Duration::from_secs(60);
 /// In each minute at least so much must come: a slow body holds its place no longer.
+const MINUTE: Duration = Duration::from_secs(60);
 const PER_MINUTE_MIN: u64 = 1 << 20;
+/// A body that stands still for so long gives its place to others until it goes on.
+const YIELD: Duration = Duration::from_secs(5);
 /// Longest wait for a place among the bodies, and for another request of the same upload.
 const TURN_MAX: Duration = Duration::from_secs(30);
-/// Longest wait for the member that has an upload to begin its answer, behind the last byte.
+/// Longest wait for the member that has an upload to answer in full, once it has begun to.
 const OWNER_MAX: Duration = Duration::from_secs(300);
-/// The same, to begin to answer a request without a body.
+/// A request is passed on no longer if nothing of its body went on for so long, nor was answered: longer
+/// than the owner itself waits for its turn, for a place and for bytes.
+const STUCK_MAX: Duration = Duration::from_secs(120);
+/// Longest wait for it to begin to answer a request without a body.
 const ASKED_MAX: Duration = Duration::from_secs(30);
 /// On a request that another member has passed on: it goes no further.
 const PASSED_ON: HeaderName = HeaderName::from_static("x-mainstay-passed-on");
@@ -70,9 +76,10 @@ impl RegistryService {
             }
         } else if let Some(digest) = params.get("digest") {
             let digest = route::digest(digest)?;
-            let mut ingest = Ingest::default();
+            let (mut ingest, mut place) = (Ingest::default(), None);
             let body = request.into_body();
-            self.absorb(&mut ingest, body, None, &|_| ()).await?;
+            self.absorb(&mut ingest, body, None, &mut place, &|_| ())
+                .await?;
             return self.close(&name, &mut ingest, &digest).await;
         }
         let upload = UploadId {
@@ -128,7 +135,14 @@ impl RegistryService {
                 self.uploads.end(&id.id);
                 Ok(StatusCode::NO_CONTENT.into_response())
             }
-            Method::PATCH | Method::PUT => self.continue_upload(name, &id, &upload, request).await,
+            Method::PATCH | Method::PUT => {
+                // To its end, whatever becomes of the client: what came is on disk then, not in memory.
+                let (service, name) = (Arc::clone(self), name.to_owned());
+                let run =
+                    async move { service.continue_upload(&name, &id, &upload, request).await };
+                let ended = tokio::spawn(run).await;
+                ended.map_err(|_| unavailable("this member is stopping"))?
+            }
             _ => Err(method_not_allowed()),
         }
     }
@@ -173,61 +187,71 @@ impl RegistryService {
                     error.header(h, value.unwrap_or(HeaderValue::from_static("")))
                 })
         })?;
+        let body = request.into_body();
+        ingest.begin().await;
+        let mut place = None;
         let taken = |len| upload.taken.store(len, Ordering::Relaxed);
-        let absorbed = self
-            .absorb(ingest, request.into_body(), expected, &taken)
-            .await;
-        let absorbed = match closing && absorbed.is_ok() {
-            true => absorbed,
-            false => {
-                let paused = ingest.pause(self).await;
-                absorbed.and(paused)
-            }
+        let absorbed = self.absorb(ingest, body, expected, &mut place, &taken);
+        let mut done = absorbed.await;
+        if done.is_err() || digest.is_none() {
+            let paused = ingest.pause(self).await;
+            done = done.and(paused);
+        }
+        let closed = match (&done, &digest) {
+            (Ok(()), Some(digest)) => Some(self.close(name, ingest, digest).await),
+            _ => None,
         };
         upload.touch();
-        if ingest.broken() {
-            *guard = None;
-            self.uploads.end(&id.id);
-            return Err(absorbed.err().unwrap_or_else(no_upload));
+        match closed {
+            // The member could not: the client may try again, as if it had not yet.
+            Some(Err(error)) if error.is_ours() => done = Err(error),
+            // Right or wrong, it has ended.
+            Some(closed) => {
+                *guard = None;
+                self.uploads.end(&id.id);
+                return closed;
+            }
+            None => {}
         }
-        absorbed?;
-        let Some(digest) = digest else {
-            let len = ingest.len();
-            return Ok(progress(StatusCode::ACCEPTED, name, id, len));
-        };
-        let closed = self.close(name, ingest, &digest).await;
-        // Right or wrong, its hash is used up.
-        *guard = None;
-        self.uploads.end(&id.id);
-        closed
+        if ingest.broken() || done.as_ref().is_err_and(OciError::is_ours) {
+            ingest.back();
+        }
+        ingest.end();
+        taken(ingest.len());
+        done?;
+        Ok(progress(StatusCode::ACCEPTED, name, id, ingest.len()))
     }
 
-    /// Take in a body, of exactly `expected` bytes if that is known.
+    /// One of the places for bodies.
+    async fn place(&self) -> Result<OwnedSemaphorePermit, OciError> {
+        let bodies = Arc::clone(&self.uploads.bodies);
+        let turn = tokio::time::timeout(TURN_MAX, bodies.acquire_owned()).await;
+        let turn = turn.map_err(|_| too_many("too many uploads at once: try again", 5))?;
+        turn.map_err(|_| unavailable("this member is stopping"))
+    }
+
+    /// Take in a body, of exactly `expected` bytes if that is known. It has a place while it moves, and
+    /// leaves it in `place` for what is to be done with its end.
     async fn absorb(
         self: &Arc<Self>,
         ingest: &mut Ingest,
         body: Body,
         expected: Option<u64>,
+        place: &mut Option<OwnedSemaphorePermit>,
         taken: &(dyn Fn(u64) + Sync),
     ) -> Result<(), OciError> {
-        let busy = |_| {
-            let text = "too many uploads at once: try again";
-            OciError::new(StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS", text)
-                .header(header::RETRY_AFTER, HeaderValue::from_static("5"))
-        };
-        let turn = tokio::time::timeout(TURN_MAX, self.uploads.bodies.acquire()).await;
-        let _turn = turn
-            .map_err(busy)?
-            .map_err(|_| unavailable("this member is stopping"))?;
         let slow = || {
             let text = "the body is too slow, or stalled; what came was kept";
             OciError::new(StatusCode::REQUEST_TIMEOUT, "BLOB_UPLOAD_INVALID", text)
         };
         let begin = ingest.len();
-        let mut window = (Instant::now() + IDLE_MAX, begin + PER_MINUTE_MIN);
+        let mut moved = Instant::now();
+        let mut window = (moved + MINUTE, begin + PER_MINUTE_MIN);
         let mut stream = body.into_data_stream();
         loop {
-            let piece = match tokio::time::timeout_at(window.0, stream.next()).await {
+            let patience = if place.is_some() { YIELD } else { STILL_MAX };
+            let until = (moved + patience).min(window.0);
+            let piece = match tokio::time::timeout_at(until, stream.next()).await {
                 Ok(Some(Ok(piece))) => piece,
                 Ok(Some(Err(e))) => {
                     let why = format!("the body was cut off: {}", answer::chain(&e));
@@ -235,8 +259,19 @@ impl RegistryService {
                     return Err(OciError::new(StatusCode::BAD_REQUEST, code, why));
                 }
                 Ok(None) => break,
+                Err(_) if place.is_some() && Instant::now() < window.0 => {
+                    ingest.pause(self).await?;
+                    *place = None;
+                    continue;
+                }
                 Err(_) => return Err(slow()),
             };
+            if place.is_none() {
+                let asked = Instant::now();
+                *place = Some(self.place().await?);
+                window.0 += asked.elapsed();
+            }
+            moved = Instant::now();
             let came = ingest.len() - begin + piece.len() as u64;
             if expected.is_some_and(|expected| came > expected) {
                 return Err(bad_size("the body is longer than its range"));
@@ -244,7 +279,7 @@ impl RegistryService {
             ingest.append(self, &piece).await?;
             taken(ingest.len());
             if ingest.len() >= window.1 {
-                window = (Instant::now() + IDLE_MAX, ingest.len() + PER_MINUTE_MIN);
+                window = (Instant::now() + MINUTE, ingest.len() + PER_MINUTE_MIN);
             }
         }
         match expected {
@@ -291,18 +326,37 @@ impl RegistryService {
                 asked = asked.header(name, value);
             }
         }
+        let moved = Arc::new(Mutex::new(Instant::now()));
         if sends {
-            asked = asked.body(reqwest::Body::wrap_stream(body.into_data_stream()));
+            let moves = Arc::clone(&moved);
+            let pieces = body.into_data_stream();
+            let pieces = pieces.inspect(move |_| *moves.lock() = Instant::now());
+            asked = asked.body(reqwest::Body::wrap_stream(pieces));
         }
+        let stuck = async {
+            loop {
+                let until = *moved.lock() + STUCK_MAX;
+                if until <= Instant::now() {
+                    return;
+                }
+                tokio::time::sleep_until(until).await;
+            }
+        };
         let gone = |e: &dyn std::error::Error| {
             let why = answer::chain(e);
             unavailable(format!(
                 "the member that has this upload does not answer: {why}"
             ))
         };
-        // A body takes as long as its client; a question without one is answered at once.
+        // A body takes as long as its client, while it moves; a question without one is answered at once.
         let answered = match sends {
-            true => asked.send().await,
+            true => tokio::select! {
+                answered = asked.send() => answered,
+                () = stuck => {
+                    let text = "the member that has this upload takes nothing and says nothing: try again";
+                    return Err(unavailable(text));
+                }
+            },
             false => tokio::time::timeout(ASKED_MAX, asked.send())
                 .await
                 .map_err(|e| gone(&e))?,
@@ -339,8 +393,13 @@ impl RegistryService {
             Method::GET | Method::HEAD => {
                 let found = self.locate(name, &digest).await?;
                 let found = found.ok_or_else(|| no_blob(digest))?;
-                self.renew(name, &digest, &found).await?;
+                let renewed = self.renew(name, &digest, &found).await;
+                if matches!(renewed, Ok(false)) {
+                    return Err(no_blob(digest));
+                }
                 if request.method() == Method::HEAD {
+                    // Who asks with HEAD is about to push, and relies on it.
+                    renewed?;
                     return Ok(head(&digest, &found.file));
                 }
                 self.send_blob(&digest, found, request.headers())

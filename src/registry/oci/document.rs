@@ -7,7 +7,7 @@ use http::StatusCode;
 use mainstay_model::ids::Sha256;
 use mainstay_model::limits;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// Longest manifest that is taken.
 pub(super) const MANIFEST_MAX: usize = 4 << 20;
@@ -119,9 +119,7 @@ impl Document {
             return Err(bad_manifest("a media type that is too long"));
         }
         if document.blobs.len() > limits::ARTIFACT_BLOBS {
-            let most = limits::ARTIFACT_BLOBS;
-            let text = format!("it names more than {most} blobs");
-            return Err(bad_manifest(text));
+            return Err(too_many_blobs());
         }
         Ok(document)
     }
@@ -136,15 +134,23 @@ impl Document {
         if self.artifact_type.is_empty() {
             self.artifact_type.clone_from(&config.media_type);
         }
-        let mut seen = BTreeSet::new();
+        if layers.len() > limits::ARTIFACT_BLOBS {
+            return Err(too_many_blobs());
+        }
+        let mut sizes = BTreeMap::new();
         for descriptor in std::iter::once(&config).chain(&layers) {
-            let digest = digest_in(descriptor)?;
-            if seen.insert(digest) {
-                self.blobs.push(Named {
+            let (digest, size) = (digest_in(descriptor)?, descriptor.size);
+            match sizes.insert(digest, size) {
+                None => self.blobs.push(Named {
                     digest,
-                    size: descriptor.size,
+                    size,
                     foreign: is_foreign(descriptor),
-                });
+                }),
+                Some(former) if former != size => {
+                    let text = format!("{digest} has {former} bytes there, and {size} bytes");
+                    return Err(bad_manifest(text));
+                }
+                Some(_) => {}
             }
         }
         (self.config, self.layers) = (Some(config), layers);
@@ -161,6 +167,11 @@ impl Document {
         self.children = manifests.iter().map(digest_in).collect::<Result<_, _>>()?;
         Ok(())
     }
+}
+
+fn too_many_blobs() -> OciError {
+    let most = limits::ARTIFACT_BLOBS;
+    bad_manifest(format!("it names more than {most} blobs"))
 }
 
 fn digest_in(descriptor: &Descriptor) -> Result<Sha256, OciError> {
@@ -261,6 +272,13 @@ mod tests {
                 with(
                     "config",
                     json!({"digest": Sha256([1; 32]).to_string(), "size": -1}),
+                ),
+                IMAGE,
+            ),
+            (
+                with(
+                    "layers",
+                    json!([{"digest": Sha256([1; 32]).to_string(), "size": 4}]),
                 ),
                 IMAGE,
             ),

@@ -37,6 +37,16 @@ impl OciError {
         self.status == StatusCode::NOT_FOUND
     }
 
+    /// The request was good, this member could not: nothing of it was kept.
+    pub(super) fn is_ours(&self) -> bool {
+        self.status.is_server_error()
+    }
+
+    /// It is known that the rest of the body does not come.
+    pub(super) fn is_slow(&self) -> bool {
+        self.status == StatusCode::REQUEST_TIMEOUT
+    }
+
     pub(super) fn detail(mut self, detail: Value) -> Self {
         self.detail = detail;
         self
@@ -101,6 +111,12 @@ pub(super) fn no_upload() -> OciError {
 pub(super) fn unavailable(message: impl Into<String>) -> OciError {
     OciError::new(StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE", message)
         .header(header::RETRY_AFTER, HeaderValue::from_static("1"))
+}
+
+/// As many as this member serves at once; worth another try after `seconds`.
+pub(super) fn too_many(message: &'static str, seconds: u64) -> OciError {
+    OciError::new(StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS", message)
+        .header(header::RETRY_AFTER, seconds.into())
 }
 
 pub(super) fn full(why: String) -> OciError {

@@ -3,6 +3,11 @@
 //!
 //! May be dropped or left alone at any await: what was taken in stays counted, and the next call
 //! goes on behind it; after [`Ingest::finish`] has begun it takes no more bytes, only another `finish`.
+//!
+//! ```text
+//! begin -> append .. append -> pause or finish -> end      a request that was taken
+//!                     |-> an error -> back                 as it was before the request
+//! ```
 
 use super::error::{OciError, bad_size, full, unavailable};
 use crate::registry::RegistryService;
@@ -23,18 +28,36 @@ const BATCH: usize = 4 << 20;
 const CHUNK: usize = CHUNK_LEN as usize;
 
 /// One blob on its way in.
+#[derive(Default)]
 pub(in crate::registry) struct Ingest {
     /// Bytes taken in.
     len: u64,
     /// Those that are not being stored yet.
     tail: BytesMut,
-    /// `None` while a batch has it.
-    work: Option<Box<Work>>,
-    running: Option<JoinHandle<Result<Box<Work>, Failure>>>,
+    /// Full segments so far.
+    segments: Vec<Id>,
+    work: Place,
     /// Keeps what was stored: it has no name before the end.
     lease: Option<Lease>,
     /// The last chunk, which may be short, was or is being stored.
     closing: bool,
+    /// Where it was when the request under way began.
+    mark: Option<Box<Mark>>,
+}
+
+/// Where the work on an ingest's bytes is.
+enum Place {
+    Here(Work),
+    /// A batch has it.
+    Running(JoinHandle<Result<Work, Failure>>),
+    /// A batch that failed took it: only `back` helps.
+    Lost,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self::Here(Work::default())
+    }
 }
 
 /// What all bytes so far come to.
@@ -43,7 +66,17 @@ struct Work {
     sha: sha2::Sha256,
     /// Chunks of the segment that is not full.
     ids: Vec<Id>,
-    segments: Vec<Id>,
+    /// Segments that this batch made full.
+    closed: Vec<Id>,
+}
+
+/// What it takes to go back.
+struct Mark {
+    len: u64,
+    tail: BytesMut,
+    segments: usize,
+    sha: sha2::Sha256,
+    ids: Vec<Id>,
 }
 
 /// Why bytes were not stored.
@@ -63,28 +96,55 @@ impl From<Failure> for OciError {
     }
 }
 
-impl Default for Ingest {
-    fn default() -> Self {
-        Self {
-            len: 0,
-            tail: BytesMut::new(),
-            work: Some(Box::default()),
-            running: None,
-            lease: None,
-            closing: false,
-        }
-    }
-}
-
 impl Ingest {
     /// Bytes taken in so far.
     pub(super) fn len(&self) -> u64 {
         self.len
     }
 
-    /// A failed write took what it had: nothing can follow.
+    /// A failed write took what it had: nothing can follow but [`Ingest::back`].
     pub(super) fn broken(&self) -> bool {
-        self.work.is_none() && self.running.is_none()
+        matches!(self.work, Place::Lost)
+    }
+
+    /// A request begins.
+    pub(in crate::registry) async fn begin(&mut self) {
+        // Of a request whose client has gone. If that failed, it was not answered, and is undone.
+        if self.settle().await.is_err() {
+            self.back();
+        }
+        if let Place::Here(work) = &self.work {
+            self.mark = Some(Box::new(Mark {
+                len: self.len,
+                tail: self.tail.clone(),
+                segments: self.segments.len(),
+                sha: work.sha.clone(),
+                ids: work.ids.clone(),
+            }));
+        }
+    }
+
+    /// The request has ended well: there is no way back before it.
+    pub(in crate::registry) fn end(&mut self) {
+        self.mark = None;
+    }
+
+    /// The request failed: all is as it was when it began. What it stored is nobody's.
+    pub(in crate::registry) fn back(&mut self) {
+        let Some(mark) = self.mark.take() else {
+            return;
+        };
+        let mark = *mark;
+        if let Some(lease) = &self.lease {
+            lease.so_far(&[], &mark.ids);
+        }
+        (self.len, self.tail, self.closing) = (mark.len, mark.tail, false);
+        self.segments.truncate(mark.segments);
+        self.work = Place::Here(Work {
+            sha: mark.sha,
+            ids: mark.ids,
+            closed: Vec::new(),
+        });
     }
 
     /// Take in more.
@@ -113,24 +173,25 @@ impl Ingest {
         Ok(())
     }
 
-    /// The client pauses, maybe for good: keep less than a chunk in memory.
+    /// The client pauses, maybe for good: keep less than a chunk in memory, and all else on disk.
     pub(in crate::registry) async fn pause(
         &mut self,
         service: &Arc<RegistryService>,
     ) -> Result<(), OciError> {
+        self.settle().await?;
         let whole = self.tail.len() / CHUNK * CHUNK;
         if whole > 0 {
-            self.settle().await?;
             // In room of its own: the batch keeps the whole of what they share.
             let rest = BytesMut::from(&self.tail[whole..]);
             let mut batch = std::mem::replace(&mut self.tail, rest);
             batch.truncate(whole);
             self.start(service, batch.freeze(), false)?;
+            self.settle().await?;
         }
         Ok(())
     }
 
-    /// No more comes: everything is durable, and this is what it is.
+    /// No more comes: everything is durable, and this is what it is. May be asked again.
     pub(in crate::registry) async fn finish(
         &mut self,
         service: &Arc<RegistryService>,
@@ -140,29 +201,32 @@ impl Ingest {
         let batch = self.tail.split().freeze();
         self.start(service, batch, true)?;
         self.settle().await?;
-        let work = self.work.take().ok_or(Failure::Stopping)?;
-        let digest = Sha256(work.sha.finalize().into());
+        let Place::Here(work) = &self.work else {
+            return Err(Failure::Stopping.into());
+        };
+        let digest = Sha256(work.sha.clone().finalize().into());
         let file = FileEntry {
             name: super::file_name(&digest),
             format: "raw".to_owned(),
             size: self.len,
-            segments: work.segments.iter().map(hex::encode).collect(),
+            segments: self.segments.iter().map(hex::encode).collect(),
         };
         Ok((digest, file))
     }
 
     /// Wait for the batch under way.
     async fn settle(&mut self) -> Result<(), Failure> {
-        let Some(running) = &mut self.running else {
+        let Place::Running(running) = &mut self.work else {
             return Ok(());
         };
         let done = running.await;
-        self.running = None;
-        let work = done.map_err(|_| Failure::Stopping)??;
+        self.work = Place::Lost;
+        let mut work = done.map_err(|_| Failure::Stopping)??;
         if let Some(lease) = &self.lease {
-            lease.so_far(&work.segments, &work.ids);
+            lease.so_far(&work.closed, &work.ids);
         }
-        self.work = Some(work);
+        self.segments.append(&mut work.closed);
+        self.work = Place::Here(work);
         Ok(())
     }
 
@@ -172,11 +236,13 @@ impl Ingest {
         batch: Bytes,
         last: bool,
     ) -> Result<(), Failure> {
-        let work = self.work.take().ok_or(Failure::Stopping)?;
+        let Place::Here(work) = std::mem::replace(&mut self.work, Place::Lost) else {
+            return Err(Failure::Stopping);
+        };
         self.lease
             .get_or_insert_with(|| service.leases.begin(service.collect.grace));
         let service = Arc::clone(service);
-        self.running = Some(tokio::spawn(async move {
+        self.work = Place::Running(tokio::spawn(async move {
             (service.room)().map_err(Failure::Full)?;
             let turn = service.writers.acquire().await;
             let _turn = turn.map_err(|_| Failure::Stopping)?;
@@ -192,10 +258,10 @@ impl Ingest {
 /// Blocks.
 fn store(
     chunks: &ChunkStore,
-    mut work: Box<Work>,
+    mut work: Work,
     batch: &[u8],
     last: bool,
-) -> Result<Box<Work>, StorageError> {
+) -> Result<Work, StorageError> {
     work.sha.update(batch);
     let mut records = Vec::new();
     for piece in batch.chunks(CHUNK) {
@@ -217,7 +283,7 @@ fn store(
 
 fn close_segment(work: &mut Work, records: &mut Vec<Record>) -> Result<(), StorageError> {
     let record = Record::encode(work.ids.as_flattened())?;
-    work.segments.push(record.id.0);
+    work.closed.push(record.id.0);
     work.ids.clear();
     records.push(record);
     Ok(())

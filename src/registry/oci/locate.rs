@@ -219,16 +219,17 @@ impl RegistryService {
         Ok(stored.map_err(|e| super::error::unavailable(e.to_string()))??)
     }
 
-    /// A client has asked for it, and may be about to name it: its time begins anew.
+    /// A client has asked for it, and may be about to name it: its time begins anew. Where another member
+    /// has it, that one has done so when it was asked. `false`: it was deleted meanwhile.
     pub(super) async fn renew(
         &self,
         name: &str,
         digest: &Sha256,
         found: &Located,
-    ) -> Result<(), OciError> {
+    ) -> Result<bool, OciError> {
         match &found.origin {
             Origin::Here(entry) => self.renew_name(name, digest, entry).await,
-            Origin::Named | Origin::There => Ok(()),
+            Origin::Named | Origin::There => Ok(true),
         }
     }
 
@@ -237,16 +238,15 @@ impl RegistryService {
         name: &str,
         digest: &Sha256,
         entry: &BlobEntry,
-    ) -> Result<(), OciError> {
+    ) -> Result<bool, OciError> {
         let now = stamp::now_ms();
         if u128::from(now.saturating_sub(entry.seen_ms)) <= RENEW_AFTER.as_millis() {
-            return Ok(());
+            return Ok(true);
         }
-        let entry = BlobEntry {
-            seen_ms: now,
-            ..*entry
-        };
-        self.set_name(name, digest, entry).await
+        let (names, scope, digest) = (self.names.clone(), name.to_owned(), digest.0);
+        let renew = move || names.renew(&scope, &digest, now);
+        let renewed = tokio::task::spawn_blocking(renew).await;
+        Ok(renewed.map_err(|e| super::error::unavailable(e.to_string()))??)
     }
 
     /// Bring a blob's bytes here, and name it in this repository.
@@ -293,7 +293,8 @@ impl RegistryService {
         Ok(forgotten.map_err(|e| super::error::unavailable(e.to_string()))??)
     }
 
-    /// Forget an unnamed blob here and on every member that answers; `false`: nobody knew it.
+    /// Forget an unnamed blob on every member; `false`: nobody knew it. One that does not answer may
+    /// know it, and bring it back: 503, until all have answered.
     pub(super) async fn forget_everywhere(
         &self,
         name: &str,
@@ -301,14 +302,33 @@ impl RegistryService {
     ) -> Result<bool, OciError> {
         let mut known = self.forget_here(name, digest).await?;
         let path = path(name, digest);
-        let asked = self.sources(&[], 0).into_iter().map(|member| {
-            let request = self.peers.request(reqwest::Method::DELETE, member, &path);
-            async move { request?.timeout(PEER_MAX).send().await.ok() }
+        let members = self.sources(&[], 0);
+        let asked = members.iter().map(|member| {
+            let request = self.peers.request(reqwest::Method::DELETE, *member, &path);
+            async move {
+                let answer = request?.timeout(PEER_MAX).send().await.ok()?;
+                let status = answer.status();
+                (status.is_success() || status == StatusCode::NOT_FOUND).then_some(status)
+            }
         });
-        for answer in futures::future::join_all(asked).await {
-            known |= answer.is_some_and(|a| a.status().is_success());
+        let said = futures::future::join_all(asked).await;
+        let mut silent = Vec::new();
+        for (member, said) in members.iter().zip(said) {
+            match said {
+                Some(status) => known |= status.is_success(),
+                None => silent.push(member),
+            }
         }
-        Ok(known)
+        if silent.is_empty() {
+            return Ok(known);
+        }
+        let status = self.catalog.watch().borrow().clone();
+        let name_of = |id: &&MemberId| status.members.get(&id.0).map(|m| m.member.name.as_str());
+        let silent: Vec<&str> = silent.iter().filter_map(name_of).collect();
+        Err(super::error::unavailable(format!(
+            "deleted where it could be, but {} did not answer and may still have it: delete it again, or it goes by itself 24 hours after it was last asked for",
+            silent.join(", ")
+        )))
     }
 
     /// Members that should have the bytes of any of these.
@@ -334,7 +354,7 @@ fn asked(request: &Request) -> Result<(String, Sha256), OciError> {
     Ok((name.to_owned(), digest))
 }
 
-/// `GET`: does this member know the blob by an upload?
+/// `GET`: does this member know the blob by an upload? Members ask because a client has: it is renewed.
 pub(super) async fn answer(
     State(service): State<Arc<RegistryService>>,
     request: Request,
@@ -346,6 +366,12 @@ pub(super) async fn answer(
     let Some(entry) = service.names.get(&name, &digest.0) else {
         return StatusCode::NOT_FOUND.into_response();
     };
+    match service.renew_name(&name, &digest, &entry).await {
+        Ok(true) => {}
+        Ok(false) => return StatusCode::NOT_FOUND.into_response(),
+        // Here it is, until its time is over.
+        Err(error) => tracing::warn!(?error, %digest, "could not renew a blob's name"),
+    }
     let told = Told {
         chunk: entry.chunk.to_string(),
     };

@@ -4,13 +4,13 @@
 use super::document::{Document, MANIFEST_MAX, lacks};
 use super::error::{
     OciAnswer, OciError, bad_digest, bad_manifest, full, method_not_allowed, no_manifest,
-    no_repository, unavailable,
+    no_repository, too_many, unavailable,
 };
 use super::ingest::Ingest;
 use super::locate::Located;
 use super::route::{self, Reference};
 use super::template::{self, Derived};
-use super::{CONTENT_DIGEST, document, file_of, serve, value};
+use super::{CONTENT_DIGEST, STILL_MAX, document, file_of, serve, value};
 use crate::app::{AppError, Consistency};
 use crate::registry::catalog::voters;
 use crate::registry::roots::Lease;
@@ -19,8 +19,8 @@ use crate::stamp;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
+use futures::StreamExt;
 use http::{HeaderName, Method, StatusCode, header};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 use mainstay_agent::transfer::{FileEntry, Manifest};
 use mainstay_model::artifact::{Artifact, ArtifactContent, Blob};
 use mainstay_model::command::{ArtifactPut, ArtifactTemplate, TagSelector};
@@ -28,10 +28,13 @@ use mainstay_model::ids::{Digest, Sha256};
 use mainstay_model::{Command, State, TemplateId, limits};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 /// A manifest must arrive within this.
 const BODY_MAX: Duration = Duration::from_secs(60);
+/// Blobs of a manifest that are looked for at once.
+const LOCATED_AT_ONCE: usize = 16;
 /// Longest wait for a majority's copies.
 const VISIBLE_MAX: Duration = Duration::from_secs(120);
 const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
@@ -160,7 +163,7 @@ impl RegistryService {
         (self.room)().map_err(full)?;
         let mut tags = query_tags(&request)?;
         let content_type = content_type(&request);
-        let bytes = read_manifest(request).await?;
+        let (bytes, room) = self.read_manifest(request).await?;
         let document = Document::parse(&bytes, &content_type)?;
         let (digest, own) = self.ingest_manifest(&bytes).await?;
         match reference {
@@ -171,12 +174,16 @@ impl RegistryService {
             Reference::Digest(_) => {}
             Reference::Tag(tag) => tags = vec![tag],
         }
+        self.check_kind(name, &digest, &document.media_type).await?;
         let mut lease = self.leases.begin(self.collect.grace);
         let (content, found) = self.bundle(name, &document, digest, own, &lease).await?;
         let template = self.template_of(&document, &tags, &found).await?;
         if let Some(template) = &template {
             lease.manifest(template.content.manifest.0);
         }
+        let subject = document.subject;
+        // What took room is not kept while members copy.
+        drop((bytes, document, found, room));
         lease.linger();
         self.commit(name, &tags, content, template, lease).await?;
         tracing::info!(repository = name, %digest, ?tags, "OCI manifest put");
@@ -185,13 +192,27 @@ impl RegistryService {
         let location = format!("/v2/{name}/manifests/{digest}");
         headers.insert(header::LOCATION, value(&location));
         headers.insert(CONTENT_DIGEST, value(&digest.to_string()));
-        if let Some(subject) = document.subject {
+        if let Some(subject) = subject {
             headers.insert(SUBJECT, value(&subject.to_string()));
         }
         if !tags.is_empty() {
             headers.insert(TAG, value(&tags.join(", ")));
         }
         Ok(response)
+    }
+
+    /// Bytes are one thing: those that are known are not known as something else as well.
+    async fn check_kind(&self, name: &str, digest: &Sha256, kind: &str) -> Result<(), OciError> {
+        let known = |state: &State| {
+            let artifact = state.repositories.get(name)?.artifacts.get(digest)?;
+            let known = &artifact.content.media_type;
+            (known != kind).then(|| known.clone())
+        };
+        let known = self.catalog.take(Consistency::Linearizable, known).await?;
+        known.map_or(Ok(()), |known| {
+            let text = format!("manifest {digest} is here as {known}, not {kind}: delete that first, or write mediaType into it");
+            Err(bad_manifest(text))
+        })
     }
 
     async fn ingest_manifest(
@@ -214,8 +235,16 @@ impl RegistryService {
     ) -> Result<(ArtifactContent, Vec<(Sha256, Located)>), OciError> {
         let size = own.size;
         let mut found: Vec<(Sha256, Located)> = Vec::with_capacity(document.blobs.len());
-        for named in &document.blobs {
-            match self.locate(name, &named.digest).await? {
+        let questions = document.blobs.clone().into_iter().map(|named| {
+            let (service, name) = (Arc::clone(self), name.to_owned());
+            async move {
+                let located = service.locate(&name, &named.digest).await;
+                (named, located)
+            }
+        });
+        let mut answers = futures::stream::iter(questions).buffered(LOCATED_AT_ONCE);
+        while let Some((named, located)) = answers.next().await {
+            match located? {
                 Some(located) if located.file.size == named.size => {
                     found.push((named.digest, located));
                 }
@@ -448,31 +477,75 @@ fn content_type(request: &Request) -> String {
     bare.trim().to_owned()
 }
 
-async fn read_manifest(request: Request) -> Result<Vec<u8>, OciError> {
-    let too_long = || {
-        let text = format!("a manifest has at most {MANIFEST_MAX} bytes");
-        OciError::new(StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID", text)
-    };
-    let announced = request.headers().get(header::CONTENT_LENGTH);
-    let announced = announced.and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
-    if announced.is_some_and(|len| len > MANIFEST_MAX) {
-        return Err(too_long());
+/// Counts every KiB of a body against what all manifests may take together, as it comes: one that sends
+/// nothing holds nothing.
+struct Reading {
+    budget: Arc<Semaphore>,
+    held: Option<OwnedSemaphorePermit>,
+    bytes: Vec<u8>,
+}
+
+impl Reading {
+    fn take(&mut self, piece: &[u8]) -> Result<(), OciError> {
+        let len = self.bytes.len() + piece.len();
+        if len > MANIFEST_MAX {
+            return Err(too_long());
+        }
+        let held = self
+            .held
+            .as_ref()
+            .map_or(0, OwnedSemaphorePermit::num_permits);
+        let more = (len / 1024 + 1).saturating_sub(held);
+        let budget = Arc::clone(&self.budget);
+        let more = budget.try_acquire_many_owned(u32::try_from(more).unwrap_or(u32::MAX));
+        let more = more.map_err(|_| too_many("too many manifests at once: try again", 1))?;
+        match &mut self.held {
+            Some(held) => held.merge(more),
+            None => self.held = Some(more),
+        }
+        self.bytes.extend_from_slice(piece);
+        Ok(())
     }
-    let body = Limited::new(request.into_body(), MANIFEST_MAX).collect();
-    match tokio::time::timeout(BODY_MAX, body).await {
-        Ok(Ok(body)) => Ok(body.to_bytes().to_vec()),
-        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_long()),
-        Ok(Err(e)) => Err(bad_manifest(format!(
-            "the body was cut off: {}",
-            answer::chain(e.as_ref())
-        ))),
-        Err(_) => {
-            let text = "the body is too slow";
-            Err(OciError::new(
-                StatusCode::REQUEST_TIMEOUT,
-                "MANIFEST_INVALID",
-                text,
-            ))
+}
+
+fn too_long() -> OciError {
+    let text = format!("a manifest has at most {MANIFEST_MAX} bytes");
+    OciError::new(StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID", text)
+}
+
+impl RegistryService {
+    /// A manifest's bytes, and the room that they take.
+    async fn read_manifest(
+        &self,
+        request: Request,
+    ) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>), OciError> {
+        let announced = request.headers().get(header::CONTENT_LENGTH);
+        let announced = announced.and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
+        if announced.is_some_and(|len| len > MANIFEST_MAX) {
+            return Err(too_long());
+        }
+        let until = Instant::now() + BODY_MAX;
+        let mut reading = Reading {
+            budget: Arc::clone(&self.uploads.manifests),
+            held: None,
+            bytes: Vec::new(),
+        };
+        let mut stream = request.into_body().into_data_stream();
+        loop {
+            let still = (Instant::now() + STILL_MAX).min(until);
+            match tokio::time::timeout_at(still, stream.next()).await {
+                Ok(Some(Ok(piece))) => reading.take(&piece)?,
+                Ok(None) => return Ok((reading.bytes, reading.held)),
+                Ok(Some(Err(e))) => {
+                    let why = answer::chain(&e);
+                    return Err(bad_manifest(format!("the body was cut off: {why}")));
+                }
+                Err(_) => {
+                    let text = "the body is too slow, or stalled";
+                    let (status, code) = (StatusCode::REQUEST_TIMEOUT, "MANIFEST_INVALID");
+                    return Err(OciError::new(status, code, text));
+                }
+            }
         }
     }
 }

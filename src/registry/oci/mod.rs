@@ -49,6 +49,8 @@ use std::time::Duration;
 
 /// A blob that no artifact names is kept so long after it was uploaded, mounted or asked for.
 const UNNAMED_KEPT: Duration = Duration::from_hours(24);
+/// A body that stands still for so long is cut off.
+const STILL_MAX: Duration = Duration::from_secs(30);
 /// How often what has expired is looked for.
 const TIDY_EVERY: Duration = Duration::from_secs(60);
 
@@ -78,7 +80,9 @@ async fn serve(State(service): State<Arc<RegistryService>>, request: Request) ->
     let mut response = match answer(service, request).await {
         Ok(response) => response,
         Err(error) => {
-            rest.throw_away().await;
+            if !error.is_slow() {
+                rest.throw_away().await;
+            }
             error.into_response()
         }
     };

@@ -349,10 +349,14 @@ impl RegistryService {
         digest: &Sha256,
         file: FileEntry,
     ) -> Result<(), OciError> {
-        match self.names.get(name, &digest.0) {
-            Some(entry) => self.renew_name(name, digest, &entry).await,
-            None => self.name_blob(name, digest, file).await,
+        let named = match self.names.get(name, &digest.0) {
+            Some(entry) => self.renew_name(name, digest, &entry).await?,
+            None => false,
+        };
+        if named {
+            return Ok(());
         }
+        self.name_blob(name, digest, file).await
     }
 
     /// Forget the sums of disks that no tag has any more.

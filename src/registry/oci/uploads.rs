@@ -19,6 +19,8 @@ const OPEN_MAX: usize = 1024;
 const IDLE_MAX: Duration = Duration::from_hours(1);
 /// Bodies that are read at once: each may hold a batch of 4 MiB, and one that is being stored.
 const BODIES_MAX: usize = 48;
+/// KiB of manifests that are being read and looked through: sixteen of the longest.
+const MANIFESTS_KIB: usize = 64 << 10;
 
 /// What a client calls an upload: where it is, and which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,14 +78,18 @@ impl Upload {
 /// All that are open here.
 pub(in crate::registry) struct Uploads {
     open: Mutex<HashMap<Uuid, Arc<Upload>>>,
-    pub(super) bodies: Semaphore,
+    /// One permit a body.
+    pub(super) bodies: Arc<Semaphore>,
+    /// One permit a KiB.
+    pub(super) manifests: Arc<Semaphore>,
 }
 
 impl Default for Uploads {
     fn default() -> Self {
         Self {
             open: Mutex::default(),
-            bodies: Semaphore::new(BODIES_MAX),
+            bodies: Arc::new(Semaphore::new(BODIES_MAX)),
+            manifests: Arc::new(Semaphore::new(MANIFESTS_KIB)),
         }
     }
 }

@@ -6,6 +6,7 @@ mod collect;
 mod dialect;
 mod keep;
 mod oci;
+mod oci_bounds;
 mod pull;
 mod push;
 mod replicate;
@@ -211,7 +212,9 @@ impl Cluster {
             tasks.push(tokio::spawn(Arc::clone(&service).replicate()));
         }
         tasks.push(tokio::spawn(Arc::clone(&service).look_after()));
-        self.shared.urls.lock().insert(MemberId(id), url.clone());
+        let (peer, task) = serve_router(peer_router(Arc::clone(&service))).await;
+        tasks.push(task);
+        self.shared.urls.lock().insert(MemberId(id), peer);
         TestMember {
             service,
             url,
@@ -240,6 +243,14 @@ impl Cluster {
             .and_then(|t| t.tags.values().next_back())
             .map_or(0, |t| t.holders.len())
     }
+}
+
+/// On a port of its own; its address.
+async fn serve_router(router: Router) -> (String, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let serve = async move { axum::serve(listener, router).await.unwrap() };
+    (url, tokio::spawn(serve))
 }
 
 fn client() -> reqwest::Client {

@@ -7,7 +7,7 @@ use mainstay_model::feature;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 
-const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(super) const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
 
 pub(super) fn digest(bytes: &[u8]) -> String {
     let hash: [u8; 32] = sha2::Sha256::digest(bytes).into();
@@ -185,7 +185,7 @@ async fn damage_is_healed_while_a_blob_is_read() {
 }
 
 /// One request without a socket, so that time can be the test's.
-async fn ask(
+pub(super) async fn ask(
     member: &TestMember,
     method: &str,
     path: &str,
@@ -199,7 +199,7 @@ async fn ask(
 }
 
 /// A byte each `pause`, for ever.
-fn trickle(pause: Duration) -> axum::body::Body {
+pub(super) fn trickle(pause: Duration) -> axum::body::Body {
     let bytes = futures::stream::unfold((), move |()| async move {
         tokio::time::sleep(pause).await;
         Some((Ok::<_, std::io::Error>(bytes::Bytes::from_static(b"x")), ()))

@@ -1,9 +1,9 @@
-//! OCI pushes and members that die, uploads that are abandoned.
+//! OCI pushes and members that die, uploads that are cut off.
 
 use super::{Client, digest, noise};
 use crate::cluster::{Cluster, until};
-use crate::{rounds, turn};
-use std::io::{Read as _, Write as _};
+use crate::turn;
+use std::io::Write as _;
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -64,47 +64,8 @@ async fn what_was_answered_survives_the_member_that_answered() {
     client.send_to(0, "PUT", &path, &kind, body).await.is(201);
 }
 
-/// `MAINSTAY_ABANDONED=10000` is the long form.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn abandoned_uploads_name_nothing_and_block_nobody() {
-    let _turn = turn().await;
-    let cluster = Cluster::ready().await;
-    let client = Client::new(&cluster);
-    for seed in 0..rounds("MAINSTAY_ABANDONED", 1200) {
-        let location = client.begin("faults/abandoned").await;
-        let sent = client
-            .send("PATCH", &location, &[], &noise(seed as u64, 100))
-            .await;
-        sent.is(202);
-    }
-    for member in &cluster.members {
-        let names = std::fs::read_dir(member.data.join("blobs"))
-            .unwrap()
-            .count();
-        assert_eq!(
-            names, 0,
-            "an upload that was not closed has no name on disk"
-        );
-    }
-    client
-        .push_blob("faults/abandoned", &noise(1, 100_000))
-        .await;
-}
-
-/// Raw bytes to a registry port, and what came back before the connection ended or went quiet.
-fn raw(cluster: &Cluster, n: usize, request: &[u8]) -> String {
-    let mut stream = TcpStream::connect(&cluster.members[n].registry).unwrap();
-    stream
-        .set_read_timeout(Some(Duration::from_secs(5)))
-        .unwrap();
-    stream.write_all(request).unwrap();
-    let mut answer = vec![0; 4096];
-    let len = stream.read(&mut answer).unwrap_or(0);
-    String::from_utf8_lossy(&answer[..len]).into_owned()
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cut_upload_goes_on_where_it_was_and_tricks_are_refused() {
+async fn a_cut_upload_goes_on_where_it_was() {
     let _turn = turn().await;
     let cluster = Cluster::ready().await;
     let client = Client::new(&cluster);
@@ -155,22 +116,5 @@ async fn a_cut_upload_goes_on_where_it_was_and_tricks_are_refused() {
         let path = format!("/v2/faults/cut/blobs/{}", digest(&bytes));
         assert!(client.get(&path).await.is(200).body == bytes);
         client.send("DELETE", &path, &[], &[]).await.is(202);
-    }
-    for path in [
-        "/v2/../../../../etc/passwd/tags/list",
-        "/v2/a/..%2f..%2fetc/tags/list",
-        "/v2/%2e%2e/tags/list",
-        "/v2/a/manifests/..",
-        "/v2/a/manifests/%2e%2e%2fidentity",
-        "/v2/a/blobs/..%2f..%2fidentity",
-        "/v2/a/blobs/sha256:../../../identity",
-        "/v2/a/blobs/uploads/../../identity",
-        "/v2/a\\b/tags/list",
-        "/v2/a\u{0}b/tags/list",
-    ] {
-        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        let answer = raw(&cluster, 0, request.as_bytes());
-        let status = answer.split(' ').nth(1).unwrap_or_default();
-        assert!(matches!(status, "400" | "404" | "405"), "{path}: {answer}");
     }
 }

@@ -1,6 +1,7 @@
 //! The OCI distribution API of a real cluster. Every request goes to the next member in turn: what one
 //! has begun, another continues, and all must agree at once.
 
+mod bad_input;
 mod conformance;
 mod faults;
 mod kills;
