@@ -7,6 +7,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 BIN = os.environ.get("MAINSTAY_BIN", os.path.join(ROOT, "target", "release", "mainstay"))
 
 
+GIVEN = set()
+
+
 def port():
     """One that is free, below those that the system gives to outgoing connections: a member that dials
     another one while a third has not started yet must not take the third one's."""
@@ -15,7 +18,9 @@ def port():
         with socket.socket() as s:
             try:
                 s.bind(("127.0.0.1", found))
-                return found
+                if found not in GIVEN:  # a member that has not started yet holds none of its own
+                    GIVEN.add(found)
+                    return found
             except OSError:
                 continue
 

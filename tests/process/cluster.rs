@@ -1,13 +1,14 @@
 //! Three server processes, and agents, under a test's control.
 
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::File;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// The binary under test.
@@ -52,12 +53,15 @@ pub(crate) struct Cluster {
 }
 
 /// Below the range that the system hands out by itself: between now and the member's start nobody's
-/// outgoing connection takes it. Random, so that test runs side by side do not meet.
+/// outgoing connection takes it. Random, so that test runs side by side do not meet; never the same twice,
+/// for a member that has not started yet holds none of its own.
 pub(crate) fn free_port() -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port =
             10_000 + (std::hash::BuildHasher::hash_one(&RandomState::new(), ()) % 22_000) as u16;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        let free = TcpListener::bind(("127.0.0.1", port)).is_ok();
+        if free && GIVEN.lock().unwrap().insert(port) {
             return port;
         }
     }
