@@ -316,7 +316,9 @@ impl BucketPacks {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let now = u64::try_from(now.unwrap_or_default().as_millis()).unwrap_or(0);
         let mut state = self.state.lock();
-        state.last_seq = now.max(state.last_seq + 1);
+        // Behind all that is known, whoever's clock was ahead: a copy must be better than what it was made of.
+        let newest = state.by_name.keys().map(|name| name.seq).max().unwrap_or(0);
+        state.last_seq = now.max(state.last_seq + 1).max(newest + 1);
         PackName {
             seq: state.last_seq,
             writer: self.me,
