@@ -36,6 +36,7 @@ torture:
 	MAINSTAY_GROW_ROUNDS=10 cargo test --test process one_grows -- --nocapture
 	MAINSTAY_LEADER_KILLS=100 MAINSTAY_LEADER_STOPS=30 cargo test --test process leader_kills -- --nocapture
 	MAINSTAY_SCHEDULES=200 cargo test --test process histories_under_faults -- --nocapture
+	MAINSTAY_PULL_MB=1024 MAINSTAY_PULL_NODES=10 cargo test --test process nodes_pull_at_once -- --nocapture
 	cargo test --features seeded-bugs --test process seeded -- --nocapture
 	MAINSTAY_GC_RACE_SECONDS=1800 cargo test --test process collection_beside -- --nocapture
 	MAINSTAY_CHUNK_FLIPS=200 cargo test --test process bits_that_flip -- --nocapture

@@ -525,7 +525,7 @@ impl Member {
             app.clone(),
             liveness.clone(),
             peer_client,
-            agents::AgentsConfig::new(cluster_id, unreachable, lease),
+            agents::AgentsConfig::new(cluster_id, unreachable, lease).sharing(&port.config.token),
         );
         let reconcilers = reconcile::spawn(
             app.clone(),

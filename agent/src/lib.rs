@@ -6,6 +6,7 @@
 //! * [`sync`]: the connection to the controllers.
 //! * [`converge`]: what must happen so that the node runs what it shall run, and who does it.
 //! * [`cache`] keeps images.
+//! * [`share`]: chunks of them for other nodes.
 //! * [`wire`]: what agent and controller say to each other (JSON over HTTP).
 //! * [`driver`]: what runs VMs: `qemu` (real), `fake` (scale tests).
 
@@ -14,6 +15,7 @@ pub mod cache;
 pub mod converge;
 pub mod driver;
 pub mod join;
+pub mod share;
 pub mod sync;
 pub mod transfer;
 pub mod wire;

@@ -54,6 +54,8 @@ pub struct RegisterResponse {
     pub controllers: Vec<String>,
     /// Registry addresses of all members.
     pub registries: Vec<String>,
+    /// What nodes of this cluster show each other; empty from a member of a release that knows none.
+    pub share_key: String,
 }
 
 /// Everything this node shall run.

@@ -22,3 +22,4 @@ benches/versus/p6.py 1024 5 sparse
 benches/versus/p6.py 1024 5 dense
 benches/versus/p7.py
 benches/versus/p10.py "$guest"
+benches/versus/p11.py

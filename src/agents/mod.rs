@@ -57,6 +57,8 @@ pub struct AgentsConfig {
     pub heartbeat: Duration,
     /// Told to agents: how long instances may run unheard.
     pub lease: Duration,
+    /// Told to agents: what nodes show each other.
+    pub share_key: String,
     /// Between two exchanges with the leader.
     pub exchange_every: Duration,
     /// A member without a quorum behind it for so long no longer accepts reports.
@@ -71,9 +73,23 @@ impl AgentsConfig {
             cluster_id: cluster_id.to_owned(),
             heartbeat: (unreachable / 4).min(Duration::from_secs(5)),
             lease,
+            share_key: String::new(),
             exchange_every: (unreachable / 8).min(Duration::from_millis(500)),
             exchange_grace: (unreachable / 2).min(Duration::from_secs(5)),
         }
+    }
+
+    /// The same on every member, and nothing that leads back to the token: who knows it gets chunks of images
+    /// from nodes, as anybody does who reaches a registry port.
+    #[must_use]
+    pub fn sharing(self, token: &str) -> Self {
+        let mut key = blake3::Hasher::new_derive_key("mainstay nodes serve nodes v1");
+        for part in [token, self.cluster_id.as_str()] {
+            key.update(&(part.len() as u64).to_le_bytes());
+            key.update(part.as_bytes());
+        }
+        let share_key = key.finalize().to_hex().to_string();
+        Self { share_key, ..self }
     }
 }
 
@@ -209,6 +225,7 @@ async fn register(
         lease_ms: millis(inner.config.lease),
         controllers,
         registries,
+        share_key: inner.config.share_key.clone(),
     }))
 }
 

@@ -5,7 +5,7 @@ use super::client::{ApiClient, query};
 use super::table::{self, Output, Table};
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand, ValueEnum};
-use mainstay_agent::agent::{Agent, AgentConfig, http_client};
+use mainstay_agent::agent::{Agent, AgentConfig, Share, http_client};
 use mainstay_agent::cache::Reserve;
 use mainstay_agent::converge::executor::Settings;
 use mainstay_agent::driver::Driver;
@@ -103,6 +103,19 @@ struct JoinArgs {
     /// Disk space that images leave free: 20% or 50G
     #[arg(long, default_value = "20%", value_parser = reserve, env = "MAINSTAY_NODE_RESERVE_SPACE")]
     reserve_space: Reserve,
+    /// Where other nodes get chunks of images that this one has: IP:PORT, or "no" [default: port 8092 of all addresses, or a free one]
+    #[arg(long, value_parser = share, env = "MAINSTAY_NODE_SHARE_LISTEN")]
+    share_listen: Option<Share>,
+}
+
+fn share(text: &str) -> Result<Share, String> {
+    match text {
+        "no" => Ok(Share::No),
+        at => at
+            .parse()
+            .map(Share::At)
+            .map_err(|_| format!("{at:?} is neither IP:PORT nor \"no\"")),
+    }
 }
 
 fn reserve(text: &str) -> Result<Reserve, String> {
@@ -224,6 +237,7 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
         host: args.host.clone().unwrap_or_default(),
         capacity: args.capacity,
         groups: args.groups.clone(),
+        share: args.share_listen.unwrap_or_default(),
         settings: Settings {
             reserve: args.reserve_space,
             ..Settings::default()
@@ -265,6 +279,16 @@ async fn driver(args: &JoinArgs, root: &Path) -> anyhow::Result<Arc<dyn Driver>>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_for_other_nodes_is_an_address_or_none() {
+        assert_eq!(share("no"), Ok(Share::No));
+        let at = "10.0.0.1:9".parse().unwrap();
+        assert_eq!(share("10.0.0.1:9"), Ok(Share::At(at)));
+        for bad in ["", "yes", "9", "host:9"] {
+            assert!(share(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn reserves_are_percentages_or_sizes() {

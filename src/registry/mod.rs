@@ -6,6 +6,7 @@
 //! * `publish`: from chunks to a tag.
 //! * `walk`: what a manifest reaches, and what of it is lacking here.
 //! * `fetch`: chunks from other members.
+//! * `swarm`: nodes that pull the same at once get it from each other.
 //! * `admit`: would a push fit? asked before its bytes are sent. `usage`: what tags weigh, and quotas.
 //! * `pulls`: when tags were last pulled.
 //! * `pace`: limits of bytes a second.
@@ -34,6 +35,7 @@ mod replicas;
 mod replicate;
 mod roots;
 mod scrub;
+mod swarm;
 #[cfg(test)]
 mod tests;
 mod transfer;
@@ -43,6 +45,7 @@ mod walk;
 pub use catalog::Catalog;
 pub use collect::CollectConfig;
 pub use scrub::ScrubConfig;
+pub use swarm::SentFigures;
 
 use axum::Router;
 use axum::routing::{delete, get, post, put};
@@ -63,6 +66,8 @@ const READERS_MAX: usize = 32;
 const WRITERS_MAX: usize = 12;
 /// Manifests that are walked at once.
 const WALKS_MAX: usize = 2;
+/// Answers with chunks that are sent to nodes at once; more wait for their turn.
+const NODES_SERVED_MAX: usize = 32;
 /// Fetches from other members on behalf of pulling clients at once.
 const READ_THROUGH_MAX: usize = 8;
 
@@ -136,6 +141,8 @@ pub struct Figures {
     pub broken_tags: u64,
     /// What replication did and has to do.
     pub replication: ReplicationFigures,
+    /// What clients and nodes got.
+    pub sent: SentFigures,
 }
 
 /// What one member's replication did since its start, and has to do now.
@@ -168,6 +175,8 @@ pub struct RegistryService {
     walks: Semaphore,
     sums: Semaphore,
     read_through: Semaphore,
+    nodes_served: Arc<Semaphore>,
+    swarm: swarm::Swarm,
     room: Box<Room>,
     left: Box<Left>,
     /// How fast tags are copied.
@@ -222,6 +231,8 @@ impl RegistryService {
             weights: Mutex::new(None),
             shy: Mutex::default(),
             read_through: Semaphore::new(READ_THROUGH_MAX),
+            nodes_served: Arc::new(Semaphore::new(NODES_SERVED_MAX)),
+            swarm: swarm::Swarm::default(),
             progress: replicas::ProgressMap::default(),
             damage: Notify::new(),
             broken: Mutex::default(),
@@ -255,6 +266,7 @@ impl RegistryService {
             scrubs: self.scrubber.status(),
             broken_tags: self.broken.lock().len() as u64,
             replication: self.counts.figures(),
+            sent: self.swarm.figures(),
         }
     }
 

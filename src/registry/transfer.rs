@@ -2,15 +2,16 @@
 //! length of a body.
 
 use super::answer::{Answer, Refused, bad, fail, ok};
+use super::swarm::{Asked, Share};
 use super::{RegistryService, answer};
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::response::IntoResponse;
 use futures::StreamExt;
-use http::StatusCode;
+use http::{HeaderValue, StatusCode};
 use http_body_util::{BodyExt, Limited};
-use mainstay_agent::transfer::api::{IDS_MAX, PutAnswer};
-use mainstay_agent::transfer::{Id, Unframer, WireRecord, ZERO_CHUNK};
+use mainstay_agent::transfer::api::{IDS_MAX, NODES, PutAnswer};
+use mainstay_agent::transfer::{Id, Unframer, WireRecord, ZERO_CHUNK, hex_id, node_url};
 use mainstay_storage::StorageError;
 use mainstay_storage::chunks::{ChunkId, Codec, Record};
 use std::sync::Arc;
@@ -24,6 +25,8 @@ const BATCH_BYTES: usize = 16 << 20;
 const BATCH_RECORDS: usize = 1024;
 /// Chunks that are read and sent together.
 const SEND_CHUNKS: usize = 64;
+/// Nodes that a node may name as bad in one request.
+const AVOID_MAX: usize = 64;
 /// A client that sends nothing for so long has gone.
 const IDLE_MAX: Duration = Duration::from_secs(STALL_S);
 /// A batch must arrive within this: a slow body holds its place no longer.
@@ -147,31 +150,72 @@ fn stopping() -> Refused {
     fail(StatusCode::SERVICE_UNAVAILABLE, "this member is stopping")
 }
 
-/// `POST chunks/get`: the records that this member has or can get from another; `?local=1`: has.
+/// `POST chunks/get`: the records that this member has or can get from another; `?local=1`: has. A node that pulls
+/// an image (`?manifest=`) may be sent to other nodes for some of them.
 pub(super) async fn send(State(service): State<Arc<RegistryService>>, request: Request) -> Answer {
     let local = is_local(&request);
-    let ids = read_ids(request).await?;
+    let params = answer::Params::from_query(request.uri());
+    let mut ids = read_ids(request).await?;
     if !local {
         service.pulls.notice(&ids);
     }
+    let mut nodes = Vec::new();
+    let mut turn = None;
+    if let Some(manifest) = params.get("manifest") {
+        let manifest = hex_id(manifest).map_err(|e| bad(e.to_string()))?;
+        let share = service.share(&manifest, &ids, &params);
+        (ids, nodes) = (share.given, share.nodes);
+        if !ids.is_empty() {
+            let served = Arc::clone(&service.nodes_served);
+            turn = Some(served.acquire_owned().await.map_err(|_| stopping())?);
+        }
+    }
     let (sender, receiver) = mpsc::channel::<std::io::Result<Bytes>>(2);
     tokio::spawn(async move {
+        let _turn = turn;
         for wanted in ids.chunks(SEND_CHUNKS) {
             let piece = service.gather(wanted, local).await.map_err(|why| {
                 tracing::error!(why, "could not read chunks");
                 std::io::Error::other(why)
             });
+            let bytes = piece.as_ref().map_or(0, Bytes::len);
             let failed = piece.is_err();
-            // An error cuts the answer off; a client that has gone wants no more.
-            if sender.send(piece).await.is_err() || failed {
+            // An error cuts the answer off; a client that has gone wants no more, and one that takes nothing
+            // for so long has gone as well.
+            let sent = tokio::time::timeout(IDLE_MAX, sender.send(piece)).await;
+            if !matches!(sent, Ok(Ok(()))) || failed {
                 return;
+            }
+            if !local {
+                service.swarm.sent(wanted.len(), bytes);
             }
         }
     });
     let stream = futures::stream::unfold(receiver, |mut receiver| async move {
         receiver.recv().await.map(|piece| (piece, receiver))
     });
-    Ok(Body::from_stream(stream).into_response())
+    let mut response = Body::from_stream(stream).into_response();
+    if let Ok(named) = HeaderValue::try_from(nodes.join(","))
+        && !nodes.is_empty()
+    {
+        response.headers_mut().insert(NODES, named);
+    }
+    Ok(response)
+}
+
+impl RegistryService {
+    /// What a node that pulls gets here, and where it gets the rest.
+    fn share(&self, manifest: &Id, ids: &[Id], params: &answer::Params) -> Share {
+        let avoid = params.get("avoid").unwrap_or_default().split(',');
+        let avoid: Vec<&str> = avoid.filter_map(node_url).take(AVOID_MAX).collect();
+        let asked = Asked {
+            node: params.get("node").and_then(node_url).unwrap_or_default(),
+            avoid: &avoid,
+            insist: params.get("insist").is_some_and(|v| v != "0"),
+        };
+        let now = std::time::Instant::now();
+        self.swarm.ask(manifest, ids, asked, now)
+    }
 }
 
 impl RegistryService {

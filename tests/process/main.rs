@@ -20,6 +20,7 @@ mod load;
 mod members;
 mod membership;
 mod node_loss;
+mod nodes_pull;
 mod oci;
 mod push;
 mod refused;

@@ -6,23 +6,28 @@ pub mod stats;
 
 pub use identity::Identity;
 
-use crate::cache::{Fetch, RegistryFetch, Sources};
+use crate::cache::{Fetch, Party, RegistryFetch, Sources};
 use crate::converge::executor::{Executor, Settings};
 use crate::driver::Driver;
+use crate::share::{self, Key, Shares};
 use crate::sync::{Sync, SyncConfig};
 use crate::wire::{NodeStats, RegisterRequest};
 use anyhow::Context;
 use parking_lot::Mutex;
 use stats::Meter;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::net::TcpListener;
 
 /// Walking the data directory costs; its size changes slowly.
 const DISK_USE_EVERY: Duration = Duration::from_secs(30);
 /// A controller that does not accept a connection within this time is passed over.
 const CONNECT_TIME: Duration = Duration::from_secs(3);
+/// Where nodes serve chunks to other nodes.
+const SHARE_PORT: u16 = 8092;
 
 /// What an agent is told at its start.
 #[derive(Clone, Debug, Default)]
@@ -39,10 +44,24 @@ pub struct AgentConfig {
     pub capacity: u32,
     /// Node groups to join.
     pub groups: Vec<String>,
+    /// Serve chunks of images to other nodes.
+    pub share: Share,
     /// Of instances.
     pub settings: Settings,
     /// Of the connection.
     pub sync: SyncConfig,
+}
+
+/// Whether, and at which address, a node serves chunks of its images to other nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Share {
+    /// At the usual port of all addresses, or any other if that is taken.
+    #[default]
+    Usual,
+    /// Here.
+    At(SocketAddr),
+    /// Nowhere.
+    No,
 }
 
 /// A client for controllers and registries: no proxies, short connect, dead peers noticed.
@@ -63,6 +82,7 @@ pub struct Agent {
     sync: Sync,
     root: PathBuf,
     used: Arc<AtomicU64>,
+    port: Option<(TcpListener, Arc<Shares>)>,
 }
 
 impl std::fmt::Debug for Agent {
@@ -77,10 +97,32 @@ impl Agent {
         config: &AgentConfig,
         driver: impl AsyncFnOnce(&Path) -> anyhow::Result<Arc<dyn Driver>>,
     ) -> anyhow::Result<Self> {
-        Self::open_with(config, driver, |client, sources| {
-            Arc::new(RegistryFetch::new(client, sources))
+        let listener = match config.share {
+            Share::No => None,
+            Share::At(at) => Some(share::bind(Some(at), at).await),
+            Share::Usual => {
+                let usual = SocketAddr::from((Ipv4Addr::UNSPECIFIED, SHARE_PORT));
+                Some(share::bind(None, usual).await)
+            }
+        };
+        let listener = listener.transpose();
+        let listener = listener.context("cannot listen for other nodes (see --share-listen)")?;
+        let address = match &listener {
+            Some(listener) => reached_at(&host(config), listener.local_addr()?),
+            None => String::new(),
+        };
+        let party = Party {
+            shares: Shares::new(&config.data_dir.join("images")),
+            key: Key::default(),
+            address,
+        };
+        let mut agent = Self::open_with(config, driver, |client, sources| {
+            Arc::new(RegistryFetch::new(client, sources, party.clone()))
         })
-        .await
+        .await?;
+        agent.sync.key = party.key;
+        agent.port = listener.map(|listener| (listener, party.shares));
+        Ok(agent)
     }
 
     /// The same with another source of images.
@@ -113,6 +155,7 @@ impl Agent {
             introduction,
             executor: executor.clone(),
             sources,
+            key: Key::default(),
             stats,
             config: config.sync,
         };
@@ -122,6 +165,7 @@ impl Agent {
             sync,
             root: config.data_dir.clone(),
             used,
+            port: None,
         })
     }
 
@@ -144,12 +188,44 @@ impl Agent {
             sync,
             root,
             used,
+            port,
         } = self;
+        let key = sync.key.clone();
+        let serve = async {
+            match port {
+                Some((listener, shares)) => share::serve(listener, shares, key).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = executor.run() => anyhow::anyhow!("the executor ended"),
             error = sync.run(&controllers) => error,
+            () = serve => anyhow::anyhow!("the port for other nodes was closed"),
             () = watch_disk_use(&root, &executor, &used) => anyhow::anyhow!("the meter ended"),
         }
+    }
+}
+
+/// Where others reach this machine.
+fn host(config: &AgentConfig) -> String {
+    if !config.host.is_empty() {
+        return config.host.clone();
+    }
+    let mut ips = config.controllers.iter().filter_map(|u| stats::local_ip(u));
+    ips.next()
+        .map_or("127.0.0.1".to_owned(), |ip| ip.to_string())
+}
+
+/// The address of a port that is bound to `at`: on a machine with several addresses the one that was asked for, else
+/// the machine's.
+fn reached_at(host: &str, at: SocketAddr) -> String {
+    let port = at.port();
+    if !at.ip().is_unspecified() {
+        return format!("http://{at}");
+    }
+    match host.parse::<IpAddr>() {
+        Ok(ip) => format!("http://{}", SocketAddr::new(ip, port)),
+        Err(_) => format!("http://{host}:{port}"),
     }
 }
 
@@ -162,19 +238,10 @@ fn introduce(config: &AgentConfig, identity: &Identity, driver: &str) -> Registe
             given.to_owned()
         }
     };
-    let towards = || {
-        let mut ips = config.controllers.iter().filter_map(|u| stats::local_ip(u));
-        ips.next()
-            .map_or("127.0.0.1".to_owned(), |ip| ip.to_string())
-    };
     RegisterRequest {
         node_id: identity.node_id().to_owned(),
         name: or(&config.name, facts.hostname),
-        ip_address: if config.host.is_empty() {
-            towards()
-        } else {
-            config.host.clone()
-        },
+        ip_address: host(config),
         arch: facts.arch,
         cpu_count: facts.cpu_count,
         ram_mb: facts.ram_mb,

@@ -1,9 +1,10 @@
 //! Where an image's bytes come from.
 
-use crate::transfer::{self, Manifest, TransferError};
+use crate::share::{Key, Offer, Shares};
+use crate::transfer::{self, Company, Manifest, TransferError};
 use crate::wire::ImageRef;
 use async_trait::async_trait;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -21,6 +22,9 @@ pub trait Fetch: Send + Sync + 'static {
         dest: &Path,
         told: &Told<'_>,
     ) -> Result<Manifest, TransferError>;
+
+    /// An image is not in the cache any more.
+    fn dropped(&self, _manifest: &str) {}
 }
 
 /// The registries that are known now; cheap to clone.
@@ -48,17 +52,36 @@ impl Sources {
     }
 }
 
-/// Pulls from any of the members' registries.
+/// How this node takes part among others.
+#[derive(Clone, Debug)]
+pub struct Party {
+    /// What it has.
+    pub shares: Arc<Shares>,
+    /// What nodes show each other.
+    pub key: Key,
+    /// Where others reach it; empty if they cannot.
+    pub address: String,
+}
+
+/// Pulls from the members' registries, from images that are here, and from other nodes.
 #[derive(Debug)]
 pub struct RegistryFetch {
     client: reqwest::Client,
     sources: Sources,
+    party: Party,
+    seed: u64,
 }
 
 impl RegistryFetch {
     /// `sources` may change at any time.
-    pub fn new(client: reqwest::Client, sources: Sources) -> Self {
-        Self { client, sources }
+    pub fn new(client: reqwest::Client, sources: Sources, party: Party) -> Self {
+        let (seed, _) = uuid::Uuid::new_v4().as_u64_pair();
+        Self {
+            client,
+            sources,
+            party,
+            seed,
+        }
     }
 }
 
@@ -71,6 +94,36 @@ impl Fetch for RegistryFetch {
         told: &Told<'_>,
     ) -> Result<Manifest, TransferError> {
         let registries = self.sources.get();
-        transfer::pull_file(&self.client, &registries, &image.manifest, 0, dest, told).await
+        let (shares, digest) = (Arc::clone(&self.party.shares), image.manifest.clone());
+        let images = tokio::task::spawn_blocking(move || shares.others(&digest)).await;
+        let offered: Mutex<Option<Offer>> = Mutex::new(None);
+        let company = Company {
+            address: self.party.address.clone(),
+            key: self.party.key.get(),
+            seed: self.seed,
+            images: images.unwrap_or_default(),
+            offer: &|holding| {
+                *offered.lock() = Some(self.party.shares.offer(&image.manifest, holding));
+            },
+        };
+        let digest = &image.manifest;
+        let pulled =
+            transfer::pull_among(&self.client, &registries, digest, dest, told, &company).await;
+        drop(company);
+        let manifest = pulled?;
+        if let (Some(offer), Some(folder)) = (offered.into_inner(), dest.parent()) {
+            offer.cool_later();
+            let folder = folder.to_owned();
+            let noted = tokio::task::spawn_blocking(move || offer.whole(&folder)).await;
+            if let Ok(Err(error)) = noted {
+                // The image is whole without it; the next tag is pulled in full.
+                tracing::warn!(%error, "cannot note the chunks of an image");
+            }
+        }
+        Ok(manifest)
+    }
+
+    fn dropped(&self, manifest: &str) {
+        self.party.shares.forget(manifest);
     }
 }

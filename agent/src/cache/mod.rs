@@ -12,7 +12,8 @@ mod shelf;
 #[cfg(test)]
 mod tests;
 
-pub use fetch::{Fetch, RegistryFetch, Sources};
+pub use fetch::{Fetch, Party, RegistryFetch, Sources};
+pub(crate) use shelf::is_digest;
 
 use crate::transfer::TransferError;
 use crate::wire::ImageRef;
@@ -213,6 +214,7 @@ impl Shared {
             dropped = dropped.and_then(|()| self.shelf.drop_image(victim));
         }
         drop(pins);
+        victims.iter().for_each(|victim| self.fetch.dropped(victim));
         if !victims.is_empty() {
             self.changed.send_modify(|n| *n += 1);
         }

@@ -210,6 +210,6 @@ pub(super) fn allocated(path: &Path) -> u64 {
 }
 
 /// 64 lower-case hex digits: safe as a folder's name.
-pub(super) fn is_digest(text: &str) -> bool {
+pub(crate) fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }

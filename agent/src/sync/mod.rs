@@ -12,6 +12,7 @@ mod session;
 use crate::agent::Identity;
 use crate::cache::Sources;
 use crate::converge::executor::Executor;
+use crate::share::Key;
 use crate::wire::{NodeStats, RegisterRequest};
 use homes::Homes;
 use parking_lot::Mutex;
@@ -52,6 +53,8 @@ pub struct Sync {
     pub executor: Executor,
     /// Told when the registries' list changes.
     pub sources: Sources,
+    /// Told what nodes show each other.
+    pub key: Key,
     /// Soft figures for reports.
     pub stats: Arc<dyn Fn() -> NodeStats + Send + std::marker::Sync>,
     /// Times.

@@ -81,6 +81,9 @@ impl<'a> Session<'a> {
             .await?;
         let claimed = self.sync.identity.lock().claim_cluster(&answer.cluster_id);
         claimed.map_err(End::Stranger)?;
+        if !answer.share_key.is_empty() {
+            self.sync.key.set(&answer.share_key);
+        }
         let members = Members {
             controllers: answer.controllers,
             registries: answer.registries,

@@ -5,7 +5,7 @@
 //! | --- | --- | --- |
 //! | `POST /registry/mainstay/v1/missing` | chunk names, 32 bytes each, at most [`IDS_MAX`] | one byte per name: 1 = lacking, 0 = held |
 //! | `PUT /registry/mainstay/v1/chunks` | records | [`PutAnswer`], once all are durable; 400 for a bad record |
-//! | `POST /registry/mainstay/v1/chunks/get` | chunk names, at most [`IDS_MAX`] | the records in any order, each once; what no member has is absent. `?local=1`: only what this member has |
+//! | `POST /registry/mainstay/v1/chunks/get` | chunk names, at most [`IDS_MAX`] | the records in any order, each once; what no member has is absent. `?local=1`: only what this member has; `?manifest=`: see below |
 //! | `POST /registry/mainstay/v1/publish` | [`PublishRequest`] | [`TagInfo`]; 409 if this member lacks something the manifest reaches |
 //! | `GET /registry/mainstay/v1/tag?template=ID-OR-NAME` and `tag=NAME` or `number=N`, `wait=SECONDS` | | [`TagInfo`]; with `wait`, once it is visible or the time is over |
 //! | `DELETE /registry/mainstay/v1/tag?template=ID-OR-NAME` and `tag=NAME` or `number=N` | | this tag goes, and no other |
@@ -17,6 +17,12 @@
 //! | `POST /registry/mainstay/v1/gc?dry_run=0-OR-1` | | the same, at once; `done` reaches the `asked` of this answer when the run has ended |
 //! | `GET /registry/mainstay/v1/scrub` | | [`ScrubStatus`] of this member |
 //! | `POST /registry/mainstay/v1/scrub` | | the same, at once: a round begins now, without a limit of its rate |
+//!
+//! A node that pulls says so when it gets chunks: `?manifest=DIGEST`, `node=URL` (where other nodes reach it; may be
+//! absent), `avoid=URL,URL` (nodes that did not give them), `insist=1` (it has waited long enough). Then chunks that
+//! other nodes were given lately may be left out, and the answer's header [`NODES`] names some of these nodes. Nodes
+//! answer the same call, with `manifest` and the cluster's key as bearer, with what they have so far; [`HELD`] says how
+//! many chunks of the image that is.
 //!
 //! JSON answers come in the dialect's envelope: `{"status":"OK"|"FAIL","body":...,"message":"..."}`.
 
@@ -46,6 +52,13 @@ pub const GC: &str = "/registry/mainstay/v1/gc";
 pub const SCRUB: &str = "/registry/mainstay/v1/scrub";
 /// Names in one request.
 pub const IDS_MAX: usize = 65536;
+
+/// Header of an answer to a node: addresses of nodes that have, or will have, what was left out; separated by commas.
+pub const NODES: &str = "x-mainstay-nodes";
+/// Header of a node's answer: chunks of the image that it has.
+pub const HELD: &str = "x-mainstay-held";
+/// Names in one request to a node.
+pub const NODE_IDS_MAX: usize = 4096;
 
 /// The dialect's envelope.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -50,6 +50,16 @@ impl WireRecord {
         }
     }
 
+    /// A chunk as it is, under a name that was checked.
+    pub(super) fn raw(id: Id, data: Bytes) -> Self {
+        Self {
+            id,
+            codec: RAW,
+            raw_len: u32::try_from(data.len()).unwrap_or(u32::MAX),
+            data,
+        }
+    }
+
     /// Decompress into `out`, which must be exactly as long as the chunk, and check the name.
     pub fn decode_into(&self, out: &mut [u8]) -> Result<(), TransferError> {
         let bad =

@@ -12,24 +12,32 @@
 //! * `api`: paths and JSON bodies of the transfer protocol.
 //! * `source`: one registry over HTTP.
 //! * `image`: the local file: holes, hashing, aligned writes.
-//! * `pull`, `push`: the two directions.
+//! * `pull`, `push`: the two directions. `hunt`: how a pull gets the chunks that it lacks, `batch`: where it
+//!   turns to next for some of them (pure), `sources`: the members.
+//! * `holding`: what of an image is here, for the next tag and for other nodes.
 
 pub mod api;
+mod batch;
 mod frame;
+mod holding;
+mod hunt;
 mod image;
 mod manifest;
 mod pull;
 mod push;
 mod source;
+mod sources;
 #[cfg(test)]
 mod tests;
 
+pub use batch::node_url;
 pub use frame::{RECORD_LEN_MAX, Unframer, WireRecord};
+pub use holding::{Holding, NAMES_FILE};
 pub use image::name_of;
 pub use manifest::{
     FileEntry, Manifest, SIZE_MAX, check_segment, chunk_len_at, hex_id, segment_ids,
 };
-pub use pull::pull_file;
+pub use pull::{Company, pull_among, pull_file};
 pub use push::{Published, PushSpec, push_file};
 pub use source::read_records;
 

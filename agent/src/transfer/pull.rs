@@ -1,25 +1,36 @@
-//! Pulling a file: names first, then whatever the destination lacks, in batches spread over the
-//! registries; a batch whose source fails goes on with the next one.
+//! Pulling a file: names first, then whatever the destination lacks: from other images that are here, then in
+//! batches from the registries and from other nodes.
 
-use super::image::{CHUNK, Slots, Target, data_ranges, hash_chunks};
-use super::source::{CallError, Registry};
+use super::batch::batches;
+use super::hunt::{Hunt, write_chunks};
+use super::image::{Target, data_ranges, hash_chunks};
+use super::sources::{Sources, blocking};
 use super::{
-    BATCH_CHUNKS, CONNECTIONS, FileEntry, Id, Manifest, SEGMENT_CHUNKS, TransferError, WireRecord,
-    ZERO_CHUNK, check_segment, chunk_len_at, hex_id, segment_ids,
+    BATCH_CHUNKS, FileEntry, Holding, Id, Manifest, SEGMENT_CHUNKS, TransferError, ZERO_CHUNK,
+    check_segment, chunk_len_at, hex_id, segment_ids,
 };
 use futures::StreamExt;
-use parking_lot::Mutex;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-/// How long a source that failed is asked last.
-const PENALTY: Duration = Duration::from_secs(10);
-/// Pauses between rounds over all sources; after the last the pull fails.
-const PAUSES_MS: [u64; 5] = [100, 500, 1000, 2000, 4000];
 /// Segments of one request: 1 MiB.
 const SEGMENTS_BATCH: usize = 16;
+
+/// What surrounds a node that pulls.
+pub struct Company<'a> {
+    /// Where other nodes reach what this one has; empty if they cannot.
+    pub address: String,
+    /// What nodes of a cluster show each other; empty: no other node is asked.
+    pub key: String,
+    /// This node's own number: each takes what it lacks in another order.
+    pub seed: u64,
+    /// Whole images that are here.
+    pub images: Vec<Arc<Holding>>,
+    /// Told once what of the image is here; it grows.
+    pub offer: &'a (dyn Fn(&Arc<Holding>) + Send + Sync),
+}
 
 /// Fetch the manifest with this digest (hex) and make `dest` equal to its file `index`, from any of
 /// `registries` (base URLs), in parallel, every chunk verified. Whole chunks that `dest` already has
@@ -32,14 +43,35 @@ pub async fn pull_file(
     dest: &Path,
     progress: &(dyn Fn(u64, u64) + Send + Sync),
 ) -> Result<Manifest, TransferError> {
+    pull(client, registries, (manifest, index), dest, progress, None).await
+}
+
+/// The same for the first file, by a node among others: chunks of images that are here are not fetched, those
+/// that other nodes have come from these, and other nodes get what this one has.
+pub async fn pull_among(
+    client: &reqwest::Client,
+    registries: &[String],
+    manifest: &str,
+    dest: &Path,
+    progress: &(dyn Fn(u64, u64) + Send + Sync),
+    company: &Company<'_>,
+) -> Result<Manifest, TransferError> {
+    let what = (manifest, 0);
+    pull(client, registries, what, dest, progress, Some(company)).await
+}
+
+async fn pull(
+    client: &reqwest::Client,
+    registries: &[String],
+    (digest, index): (&str, usize),
+    dest: &Path,
+    progress: &(dyn Fn(u64, u64) + Send + Sync),
+    company: Option<&Company<'_>>,
+) -> Result<Manifest, TransferError> {
     let sources = Arc::new(Sources::new(client, registries)?);
-    let digest = hex_id(manifest)?;
-    let bytes = sources
-        .fetch(&[digest], 0)
-        .await?
-        .remove(&digest)
-        .unwrap_or_default();
-    let manifest = Manifest::parse(&bytes)?;
+    let id = hex_id(digest)?;
+    let bytes = sources.fetch(&[id], 0).await?.remove(&id);
+    let manifest = Manifest::parse(&bytes.unwrap_or_default())?;
     let file = manifest.files.get(index).ok_or_else(|| {
         TransferError::Invalid(format!("the manifest has {} files", manifest.files.len()))
     })?;
@@ -49,27 +81,39 @@ pub async fn pull_file(
     tokio::task::yield_now().await;
     let names = Arc::new(fetch_names(&sources, file).await?);
     let target = Arc::new(blocking(move || Ok(Target::open(&path, size)?)).await?);
-    let needed = compare(&target, &names).await?;
+    let mut needed = compare(&target, &names).await?;
 
-    let lacking: u64 = needed.iter().map(|&n| chunk_len_at(size, n)).sum();
-    let mut done = size - lacking;
+    let bytes_of = |needed: &[u64]| needed.iter().map(|&n| chunk_len_at(size, n)).sum::<u64>();
+    let mut done = size - bytes_of(&needed);
     progress(done, size);
-    let batches: Vec<Vec<u64>> = needed.chunks(BATCH_CHUNKS).map(<[u64]>::to_vec).collect();
-    let work = batches.into_iter().enumerate().map(|(turn, batch)| {
-        fill(
-            Arc::clone(&sources),
-            Arc::clone(&target),
-            Arc::clone(&names),
-            batch,
-            turn,
-        )
-    });
-    let mut work = futures::stream::iter(work).buffer_unordered(CONNECTIONS);
-    while let Some(filled) = work.next().await {
-        done += filled?;
+    let mut hunt = Hunt::new(
+        client.clone(),
+        Arc::clone(&sources),
+        Arc::clone(&target),
+        Arc::clone(&names),
+        digest,
+    );
+    if let Some(company) = company {
+        needed = take_what_is_here(&target, &names, needed, &company.images).await?;
+        done = size - bytes_of(&needed);
         progress(done, size);
+        let (path, names, lacking) = (dest.to_owned(), Arc::clone(&names), needed.clone());
+        let open = move || Ok(Holding::new(File::open(&path)?, size, names, &lacking));
+        let holding = Arc::new(blocking(open).await?);
+        (company.offer)(&holding);
+        hunt.holding = Some(holding);
+        if !company.key.is_empty() {
+            hunt.among = Some((company.address.clone(), company.key.clone()));
+        }
     }
-    drop(work);
+    let seed = hunt.among.as_ref().and(company).map(|c| c.seed);
+    let plan = batches(&needed, sources.count(), seed);
+    let told = |bytes: u64| {
+        done += bytes;
+        progress(done, size);
+    };
+    hunt.run(plan, told).await?;
+    drop(hunt);
     let path = dest.to_owned();
     blocking(move || Ok(target.sync(&path)?)).await?;
     Ok(manifest)
@@ -114,159 +158,50 @@ async fn compare(target: &Arc<Target>, names: &Arc<Vec<Id>>) -> Result<Vec<u64>,
             Ok(needed)
         })
     });
+    gather(parts).await
+}
+
+/// Copy chunks that other images here have; the numbers of those that none has.
+async fn take_what_is_here(
+    target: &Arc<Target>,
+    names: &Arc<Vec<Id>>,
+    needed: Vec<u64>,
+    images: &[Arc<Holding>],
+) -> Result<Vec<u64>, TransferError> {
+    if images.is_empty() {
+        return Ok(needed);
+    }
+    let images = Arc::new(images.to_vec());
+    let parts: Vec<Vec<u64>> = needed.chunks(BATCH_CHUNKS).map(<[u64]>::to_vec).collect();
+    let parts = parts.into_iter().map(|numbers| {
+        let (target, names, images) = (Arc::clone(target), Arc::clone(names), Arc::clone(&images));
+        blocking(move || {
+            let name = |n: &u64| names[usize::try_from(*n).unwrap_or(usize::MAX)];
+            let mut chunks = HashMap::new();
+            for number in &numbers {
+                let id = name(number);
+                if let Some(bytes) = images.iter().find_map(|image| image.read(&id)) {
+                    chunks.insert(id, bytes);
+                }
+            }
+            let (here, lacking): (Vec<u64>, Vec<u64>) =
+                numbers.iter().partition(|n| chunks.contains_key(&name(n)));
+            write_chunks(&target, &names, &here, &chunks)?;
+            Ok(lacking)
+        })
+    });
+    gather(parts).await
+}
+
+/// A few at once, their results in order.
+async fn gather(
+    parts: impl Iterator<Item = impl Future<Output = Result<Vec<u64>, TransferError>>>,
+) -> Result<Vec<u64>, TransferError> {
     let lanes = std::thread::available_parallelism().map_or(2, usize::from);
     let mut parts = futures::stream::iter(parts).buffered(lanes);
-    let mut needed = Vec::new();
+    let mut out = Vec::new();
     while let Some(part) = parts.next().await {
-        needed.extend(part?);
+        out.extend(part?);
     }
-    Ok(needed)
-}
-
-/// Fetch and write one batch of chunks; the bytes written.
-async fn fill(
-    sources: Arc<Sources>,
-    target: Arc<Target>,
-    names: Arc<Vec<Id>>,
-    batch: Vec<u64>,
-    turn: usize,
-) -> Result<u64, TransferError> {
-    let name = |number: u64| names[usize::try_from(number).unwrap_or(usize::MAX)];
-    let mut seen = HashSet::new();
-    let ids: Vec<Id> = batch
-        .iter()
-        .map(|&n| name(n))
-        .filter(|id| seen.insert(*id))
-        .collect();
-    let chunks = sources.fetch(&ids, turn).await?;
-    let names = Arc::clone(&names);
-    blocking(move || write_batch(&target, &names, &batch, &chunks)).await
-}
-
-fn write_batch(
-    target: &Target,
-    names: &[Id],
-    batch: &[u64],
-    chunks: &HashMap<Id, Vec<u8>>,
-) -> Result<u64, TransferError> {
-    let mut slots = Slots::new(batch.len());
-    for (slot, &number) in batch.iter().enumerate() {
-        let id = &names[usize::try_from(number).unwrap_or(usize::MAX)];
-        let bytes = chunks.get(id).map_or(&[][..], Vec::as_slice);
-        if bytes.len() as u64 != chunk_len_at(target.size, number) {
-            return Err(TransferError::Invalid(format!(
-                "chunk {} has {} bytes, its place in the file another length",
-                hex::encode(id),
-                bytes.len()
-            )));
-        }
-        slots.slot(slot)[..bytes.len()].copy_from_slice(bytes);
-    }
-    let mut written = 0;
-    let mut from = 0;
-    for run in batch.chunk_by(|a, b| a + 1 == *b) {
-        let last = run.last().map_or(0, |&n| chunk_len_at(target.size, n));
-        let len = (run.len() - 1) * CHUNK + usize::try_from(last).unwrap_or(0);
-        target.write(run[0], &slots.get(from..from + run.len())[..len])?;
-        from += run.len();
-        written += len as u64;
-    }
-    Ok(written)
-}
-
-/// The registries, and which of them failed lately.
-struct Sources {
-    registries: Vec<Registry>,
-    failed: Mutex<Vec<Option<Instant>>>,
-}
-
-impl Sources {
-    fn new(client: &reqwest::Client, bases: &[String]) -> Result<Self, TransferError> {
-        if bases.is_empty() {
-            return Err(TransferError::Unavailable(
-                "no registry is known".to_owned(),
-            ));
-        }
-        let registries: Vec<_> = bases
-            .iter()
-            .map(|base| Registry::new(client, base))
-            .collect();
-        let failed = Mutex::new(vec![None; registries.len()]);
-        Ok(Self { registries, failed })
-    }
-
-    /// All of these chunks, verified. What one source lacks, sends wrong or does not send is asked
-    /// of the next; `turn` says who is first.
-    async fn fetch(&self, ids: &[Id], turn: usize) -> Result<HashMap<Id, Vec<u8>>, TransferError> {
-        let mut got = HashMap::with_capacity(ids.len());
-        let mut said: HashMap<usize, String> = HashMap::new();
-        for pause in std::iter::once(0).chain(PAUSES_MS) {
-            tokio::time::sleep(Duration::from_millis(pause)).await;
-            for number in self.order(turn) {
-                let rest: Vec<Id> = ids
-                    .iter()
-                    .filter(|id| !got.contains_key(*id))
-                    .copied()
-                    .collect();
-                match self.ask(number, &rest).await {
-                    Ok(chunks) => got.extend(chunks),
-                    Err(why) => {
-                        self.failed.lock()[number] = Some(Instant::now());
-                        said.insert(number, why);
-                        continue;
-                    }
-                }
-                let lacking = ids.iter().filter(|id| !got.contains_key(*id)).count();
-                if lacking == 0 {
-                    return Ok(got);
-                }
-                said.insert(number, format!("lacks {lacking} of {} chunks", rest.len()));
-            }
-        }
-        let texts = said
-            .iter()
-            .map(|(n, why)| format!("{}: {why}", self.registries[*n].base()));
-        Err(TransferError::Unavailable(
-            texts.collect::<Vec<_>>().join("; "),
-        ))
-    }
-
-    async fn ask(&self, number: usize, ids: &[Id]) -> Result<Vec<(Id, Vec<u8>)>, String> {
-        let records = self.registries[number]
-            .get(ids)
-            .await
-            .map_err(|e| match e {
-                CallError::Passing(why) | CallError::Refused(why) | CallError::Incomplete(why) => {
-                    why
-                }
-            })?;
-        let verify = move || {
-            let decode = |r: &WireRecord| Ok((r.id, r.decode()?));
-            records
-                .iter()
-                .map(decode)
-                .collect::<Result<Vec<_>, TransferError>>()
-        };
-        blocking(verify).await.map_err(|e| e.to_string())
-    }
-
-    /// Everyone, beginning at `turn`, those that failed lately last.
-    fn order(&self, turn: usize) -> Vec<usize> {
-        let count = self.registries.len();
-        let failed = self.failed.lock();
-        let bad = |n: &usize| failed[*n].is_some_and(|at| at.elapsed() < PENALTY);
-        let mut order: Vec<usize> = (0..count).map(|n| (turn + n) % count).collect();
-        order.sort_by_key(bad);
-        order
-    }
-}
-
-/// Run what blocks where it may.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, TransferError> + Send + 'static,
-) -> Result<T, TransferError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(e) => Err(std::io::Error::other(e).into()),
-    }
+    Ok(out)
 }

@@ -3,8 +3,8 @@
 
 use super::api::{AdmitRequest, Durability, Forward, PublishRequest, TagInfo};
 use super::image::{data_ranges, hash_chunks};
-use super::pull::blocking;
 use super::source::{CallError, Registry};
+use super::sources::blocking;
 use super::{
     BATCH_CHUNKS, CHUNK_LEN, CONNECTIONS, FileEntry, Id, Manifest, SEGMENT_CHUNKS, TransferError,
     WireRecord, ZERO_CHUNK, chunk_len_at,

@@ -1,6 +1,7 @@
 //! One registry over HTTP: the calls of the protocol, and which failures may pass.
 
 use super::api::{self, Admission, AdmitRequest, Answer, PublishRequest, PutAnswer, TagInfo};
+use super::batch::node_url;
 use super::{Id, TransferError, Unframer, WireRecord};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
@@ -13,6 +14,31 @@ const IDLE_MAX: Duration = Duration::from_secs(20);
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 /// Longest JSON answer.
 const JSON_LEN_MAX: usize = 1 << 20;
+
+/// A node's answer must begin within this, and be whole within that: it may have to queue behind others.
+const NODE_HEAD_MAX: Duration = Duration::from_secs(5);
+const NODE_MAX: Duration = Duration::from_secs(30);
+/// Nodes that a member may name at once.
+const NODES_MAX: usize = 8;
+
+/// How a node asks a member.
+pub(super) struct Asked<'a> {
+    /// Digest (hex) of the manifest of the image that it pulls.
+    pub(super) manifest: &'a str,
+    /// Where other nodes reach it; empty if they cannot.
+    pub(super) node: &'a str,
+    /// Nodes that did not give.
+    pub(super) avoid: Vec<&'a str>,
+    /// It has waited for nodes long enough.
+    pub(super) insist: bool,
+}
+
+/// What it gets.
+pub(super) struct Given {
+    pub(super) records: Vec<WireRecord>,
+    /// Nodes that have, or will have, what was left out.
+    pub(super) nodes: Vec<String>,
+}
 
 /// Why a call gave no result.
 #[derive(Debug)]
@@ -54,6 +80,59 @@ impl Registry {
         read_records(response, ids)
             .await
             .map_err(|e| CallError::Passing(e.to_string()))
+    }
+
+    /// The same by a node among others: it may be given the addresses of other nodes instead of chunks that these
+    /// have.
+    pub(super) async fn give(&self, ids: &[Id], asked: &Asked<'_>) -> Result<Given, CallError> {
+        let mut query = vec![("manifest", asked.manifest.to_owned())];
+        if !asked.node.is_empty() {
+            query.push(("node", asked.node.to_owned()));
+        }
+        if !asked.avoid.is_empty() {
+            query.push(("avoid", asked.avoid.join(",")));
+        }
+        if asked.insist {
+            query.push(("insist", "1".to_owned()));
+        }
+        let url = reqwest::Url::parse_with_params(&self.url(api::CHUNKS_GET), query)
+            .map_err(|e| CallError::Refused(format!("{}: {e}", self.base)))?;
+        let response = answered(self.client.post(url).body(ids.concat())).await?;
+        let header = response.headers().get(api::NODES);
+        let named = header.and_then(|h| h.to_str().ok()).unwrap_or_default();
+        let nodes = named.split(',').filter_map(node_url).map(str::to_owned);
+        let nodes = nodes.take(NODES_MAX).collect();
+        let records = read_records(response, ids)
+            .await
+            .map_err(|e| CallError::Passing(e.to_string()))?;
+        Ok(Given { records, nodes })
+    }
+
+    /// What another node has of these chunks, and how many of the image it has. A slow one has gone.
+    pub(super) async fn of_node(
+        &self,
+        ids: &[Id],
+        manifest: &str,
+        key: &str,
+    ) -> Result<(Vec<WireRecord>, u64), CallError> {
+        let url = reqwest::Url::parse_with_params(
+            &self.url(api::CHUNKS_GET),
+            [("manifest", manifest.to_owned())],
+        )
+        .map_err(|e| CallError::Refused(format!("{}: {e}", self.base)))?;
+        let slow = |_| CallError::Passing("it is too slow".to_owned());
+        let call = async {
+            let request = self.client.post(url).bearer_auth(key);
+            let response = answered(request.body(ids.concat()));
+            let response = tokio::time::timeout(NODE_HEAD_MAX, response);
+            let response = response.await.map_err(slow)??;
+            let header = response.headers().get(api::HELD);
+            let held = header.and_then(|h| h.to_str().ok()?.parse().ok());
+            let records = read_records(response, ids).await;
+            let records = records.map_err(|e| CallError::Passing(e.to_string()))?;
+            Ok((records, held.unwrap_or(0)))
+        };
+        tokio::time::timeout(NODE_MAX, call).await.map_err(slow)?
     }
 
     /// Those of these chunks that it lacks.

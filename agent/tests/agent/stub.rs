@@ -159,7 +159,7 @@ async fn register(State(port): State<Port>, Json(call): Json<RegisterRequest>) -
         heartbeat_ms: 200,
         lease_ms: 10_000,
         controllers: port.cluster.controllers.lock().unwrap().clone(),
-        registries: Vec::new(),
+        ..RegisterResponse::default()
     })
     .into_response()
 }

@@ -93,6 +93,16 @@ fn registry(page: &mut Page, figures: &Figures) {
     page.counter("fetched_bytes_total", fetched, copies.fetched_bytes);
     let looked = "Tags and artifacts that replication looked at.";
     page.counter("replicate_looked_total", looked, copies.looked_at);
+    let sent = "Chunks sent to clients and nodes.";
+    page.counter("sent_chunks_total", sent, figures.sent.chunks);
+    let sent = "Bytes of chunks sent to clients and nodes, as sent.";
+    page.counter("sent_bytes_total", sent, figures.sent.bytes);
+    let left_out = "Chunks that nodes were to get from other nodes instead.";
+    page.counter(
+        "sent_elsewhere_chunks_total",
+        left_out,
+        figures.sent.left_out,
+    );
     let gc = &figures.collections;
     if let Some(last) = &gc.last {
         page.gauges(

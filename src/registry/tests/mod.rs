@@ -5,6 +5,7 @@ mod bad;
 mod collect;
 mod dialect;
 mod keep;
+mod nodes;
 mod oci;
 mod oci_bounds;
 mod pull;
