@@ -2,9 +2,9 @@
 //! await.
 
 use super::record::Record;
-use super::{Doing, Job, view};
+use super::{Action, Doing, Job, plan, view};
 use crate::driver::VmSeen;
-use crate::wire::{DesiredSet, Observed};
+use crate::wire::{DesiredInstance, DesiredSet, Observed, VmFacts};
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::task::JoinHandle;
 
@@ -24,7 +24,26 @@ pub(super) struct Running {
     pub(super) kind: Job,
     /// Only the holder of the newest ticket may write to its instance.
     pub(super) ticket: u64,
-    pub(super) task: JoinHandle<()>,
+    /// Absent until it is spawned, and in a rehearsal.
+    pub(super) task: Option<JoinHandle<()>>,
+}
+
+/// A start that begins.
+pub(super) struct Begun {
+    pub(super) ticket: u64,
+    /// What an earlier start of this generation left on record.
+    pub(super) record: Option<Record>,
+    /// The VM, if there is one already.
+    pub(super) there: Option<VmFacts>,
+}
+
+/// A removal, or a start that is broken off, begins.
+pub(super) struct Ending {
+    pub(super) ticket: u64,
+    /// What is to be broken off.
+    pub(super) before: Option<JoinHandle<()>>,
+    /// The generation that is gone in the end.
+    pub(super) gone_at: u64,
 }
 
 /// One instance, as this agent deals with it.
@@ -48,6 +67,8 @@ pub(super) struct Board {
     /// The driver has been asked at least once: until then nothing may be begun.
     pub(super) surveyed: bool,
     clock: u64,
+    /// When (by `clock`) the newest list that was taken was asked for.
+    listed: u64,
     /// When (by `clock`) a task of ours last changed an instance's VM.
     touched: BTreeMap<String, u64>,
 }
@@ -72,6 +93,144 @@ impl Board {
     pub(super) fn tick(&mut self) -> u64 {
         self.clock += 1;
         self.clock
+    }
+
+    /// Take over a desired set. `None`: it is older than the one in force and changes nothing; else
+    /// whether anything is new in it.
+    pub(super) fn accept(&mut self, set: DesiredSet) -> Option<bool> {
+        if let Some(now) = &self.desired {
+            if set.generation < now.generation {
+                return None;
+            }
+            if *now == set {
+                return Some(false);
+            }
+        }
+        self.desired = Some(set);
+        Some(true)
+    }
+
+    /// Whatever must begin now. Nothing before the driver was asked and a set was accepted.
+    pub(super) fn actions(&self) -> Vec<Action> {
+        match &self.desired {
+            Some(desired) if self.surveyed => plan(desired, &self.doing(), &self.generations()),
+            _ => Vec::new(),
+        }
+    }
+
+    /// An instance of the set in force.
+    pub(super) fn wish(&self, id: &str) -> Option<&DesiredInstance> {
+        let desired = self.desired.as_ref()?;
+        desired.instances.iter().find(|i| i.id == id)
+    }
+
+    /// A start begins; its task is told by [`Board::employ`].
+    pub(super) fn begin_start(&mut self, wish: &DesiredInstance) -> Begun {
+        let ticket = self.tick();
+        let there = self.vms.get(&wish.id).map(|vm| vm.facts.clone());
+        let record = self.locals.remove(&wish.id).and_then(|l| l.record);
+        let local = Local {
+            generation: wish.generation,
+            job: Some(Running {
+                kind: Job::Start,
+                ticket,
+                task: None,
+            }),
+            record: record.clone(),
+            step: Step::Starting,
+            gone: false,
+        };
+        self.locals.insert(wish.id.clone(), local);
+        Begun {
+            ticket,
+            record,
+            there,
+        }
+    }
+
+    /// A removal begins.
+    pub(super) fn begin_delete(&mut self, wish: &DesiredInstance) -> Ending {
+        let ticket = self.tick();
+        // A removal that only makes way for a start leaves everything before that start gone.
+        let gone_at = if wish.run {
+            wish.generation.saturating_sub(1)
+        } else {
+            wish.generation
+        };
+        let local = self.locals.entry(wish.id.clone()).or_default();
+        let before = local.job.take().and_then(|j| j.task);
+        local.generation = gone_at;
+        local.job = Some(Running {
+            kind: Job::Delete,
+            ticket,
+            task: None,
+        });
+        Ending {
+            ticket,
+            before,
+            gone_at,
+        }
+    }
+
+    /// A start is broken off, or what is remembered is dropped.
+    pub(super) fn begin_forget(&mut self, id: &str) -> Option<Ending> {
+        let ticket = self.tick();
+        let local = self.locals.get_mut(id)?;
+        let before = local.job.take().and_then(|j| j.task);
+        local.job = Some(Running {
+            kind: Job::Cancel,
+            ticket,
+            task: None,
+        });
+        Some(Ending {
+            ticket,
+            before,
+            gone_at: local.generation,
+        })
+    }
+
+    /// Who carries out what has begun.
+    pub(super) fn employ(&mut self, id: &str, task: JoinHandle<()>) {
+        if let Some(job) = self.locals.get_mut(id).and_then(|l| l.job.as_mut()) {
+            job.task = Some(task);
+        }
+    }
+
+    /// Nothing of the instance is left.
+    pub(super) fn removed(&mut self, id: &str, ticket: u64, gone_at: u64) {
+        if let Some(local) = self.holder(id, ticket) {
+            local.generation = gone_at;
+            local.record = None;
+            local.gone = true;
+        }
+    }
+
+    /// No VM came of it: it is not remembered either.
+    pub(super) fn forgotten(&mut self, id: &str, ticket: u64) {
+        if self.holder(id, ticket).is_some() {
+            self.locals.remove(id);
+        }
+    }
+
+    /// The task is at its end: the core may decide anew.
+    pub(super) fn release(&mut self, id: &str, ticket: u64) {
+        if let Some(local) = self.holder(id, ticket) {
+            local.job = None;
+        }
+    }
+
+    /// What is on disk from now on.
+    pub(super) fn show(&mut self, ticket: u64, record: &Record) {
+        if let Some(local) = self.holder(&record.id, ticket) {
+            local.record = Some(record.clone());
+        }
+    }
+
+    /// How much of the image is here.
+    pub(super) fn pulling(&mut self, id: &str, ticket: u64, part: f32) {
+        if let Some(local) = self.holder(id, ticket) {
+            local.step = Step::Pulling(part);
+        }
     }
 
     /// What the pure core needs to know.
@@ -113,8 +272,13 @@ impl Board {
         self.vms.remove(id);
     }
 
-    /// The driver's list, asked for at `asked`. What our tasks changed since then is newer.
+    /// The driver's list, asked for at `asked`. What our tasks changed since then is newer, and so is
+    /// what a list says that was asked for later but came sooner. Is there news?
     pub(super) fn surveyed(&mut self, asked: u64, list: Vec<VmSeen>) -> bool {
+        if asked < self.listed {
+            return false;
+        }
+        self.listed = asked;
         self.touched.retain(|_, at| *at > asked);
         let newer = &self.touched;
         let mut vms: BTreeMap<String, VmSeen> = list
@@ -133,18 +297,27 @@ impl Board {
         news
     }
 
-    /// Everything there is to report.
+    /// Everything there is to report. Empty until the driver was asked for the first time.
     pub(super) fn observe(&self) -> Vec<Observed> {
+        if !self.surveyed {
+            return Vec::new();
+        }
         let wanted: BTreeMap<&str, _> = self
             .desired
             .iter()
             .flat_map(|set| &set.instances)
             .map(|i| (i.id.as_str(), i))
             .collect();
-        let ids: BTreeSet<&String> = self.locals.keys().chain(self.vms.keys()).collect();
+        // Of what is to be kept it is news as well that there is nothing at all.
+        let kept = wanted.values().filter(|w| w.run && w.keep);
+        let ids: BTreeSet<&str> = kept
+            .map(|w| w.id.as_str())
+            .chain(self.locals.keys().map(String::as_str))
+            .chain(self.vms.keys().map(String::as_str))
+            .collect();
         ids.into_iter()
             .filter_map(|id| {
-                let wanted = wanted.get(id.as_str()).copied();
+                let wanted = wanted.get(id).copied();
                 view::observe(id, wanted, self.locals.get(id), self.vms.get(id))
             })
             .collect()

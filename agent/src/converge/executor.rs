@@ -2,9 +2,9 @@
 //! another start. Knows no controller: sets come in by [`Executor::accept`], observations go out by
 //! [`Executor::observe`].
 
-use super::board::{Board, Local, Running, Step};
+use super::board::Board;
 use super::record::Records;
-use super::{Action, Job, plan, survey, task};
+use super::{Action, survey, task};
 use crate::cache::{Cache, Fetch, Reserve};
 use crate::driver::Driver;
 use crate::wire::{DesiredInstance, DesiredSet, Observed};
@@ -124,22 +124,13 @@ impl Executor {
 
     /// Take over a desired set. `false`: it is older than the one in force and changes nothing.
     pub fn accept(&self, set: DesiredSet) -> bool {
-        let mut board = self.inner.board.lock();
-        if let Some(now) = &board.desired {
-            if set.generation < now.generation {
-                return false;
-            }
-            if *now == set {
-                return true;
-            }
+        let (generation, instances) = (set.generation, set.instances.len());
+        match self.inner.board.lock().accept(set) {
+            None => return false,
+            Some(false) => return true,
+            Some(true) => {}
         }
-        tracing::debug!(
-            generation = set.generation,
-            instances = set.instances.len(),
-            "desired set"
-        );
-        board.desired = Some(set);
-        drop(board);
+        tracing::debug!(generation, instances, "desired set");
         self.inner.wake.notify_one();
         true
     }
@@ -152,12 +143,7 @@ impl Executor {
 
     /// Everything there is to report. Empty until the driver was asked for the first time.
     pub fn observe(&self) -> Vec<Observed> {
-        let board = self.inner.board.lock();
-        if board.surveyed {
-            board.observe()
-        } else {
-            Vec::new()
-        }
+        self.inner.board.lock().observe()
     }
 
     /// VMs that run.
@@ -190,8 +176,8 @@ struct Reaper(Arc<Inner>);
 impl Drop for Reaper {
     fn drop(&mut self) {
         for local in self.0.board.lock().locals.values() {
-            if let Some(job) = &local.job {
-                job.task.abort();
+            if let Some(task) = local.job.as_ref().and_then(|j| j.task.as_ref()) {
+                task.abort();
             }
         }
     }
@@ -200,86 +186,41 @@ impl Drop for Reaper {
 /// One round: whatever must begin now, begins.
 fn act(inner: &Arc<Inner>) {
     let mut board = inner.board.lock();
-    if !board.surveyed {
-        return;
-    }
-    let Some(desired) = board.desired.clone() else {
-        return;
-    };
-    let actions = plan(&desired, &board.doing(), &board.generations());
-    for action in actions {
+    for action in board.actions() {
         tracing::info!(?action, "converge");
-        let wanted = |id: &str| desired.instances.iter().find(|i| i.id == id);
         match action {
             Action::Start(id) => {
-                if let Some(wish) = wanted(&id) {
+                if let Some(wish) = board.wish(&id).cloned() {
                     start(inner, &mut board, wish);
                 }
             }
             Action::Delete(id) => {
-                if let Some(wish) = wanted(&id) {
-                    delete(inner, &mut board, wish);
+                if let Some(wish) = board.wish(&id).cloned() {
+                    delete(inner, &mut board, &wish);
                 }
             }
-            Action::Cancel(id) | Action::Forget(id) => forget(inner, &mut board, &id),
+            Action::Cancel(id) | Action::Forget(id) => forget(inner, &mut board, id),
         }
     }
 }
 
-fn start(inner: &Arc<Inner>, board: &mut Board, wish: &DesiredInstance) {
-    let ticket = board.tick();
-    let there = board.vms.get(&wish.id).map(|vm| vm.facts.clone());
-    let record = board.locals.remove(&wish.id).and_then(|l| l.record);
-    let work = task::start(
-        Arc::clone(inner),
-        wish.clone(),
-        ticket,
-        record.clone(),
-        there,
-    );
-    let local = Local {
-        generation: wish.generation,
-        job: Some(Running {
-            kind: Job::Start,
-            ticket,
-            task: tokio::spawn(work),
-        }),
-        record,
-        step: Step::Starting,
-        gone: false,
-    };
-    board.locals.insert(wish.id.clone(), local);
+fn start(inner: &Arc<Inner>, board: &mut Board, wish: DesiredInstance) {
+    let id = wish.id.clone();
+    let begun = board.begin_start(&wish);
+    let work = task::start(Arc::clone(inner), wish, begun);
+    board.employ(&id, tokio::spawn(work));
 }
 
 fn delete(inner: &Arc<Inner>, board: &mut Board, wish: &DesiredInstance) {
-    let ticket = board.tick();
-    // A removal that only makes way for a start leaves everything before that start gone.
-    let gone_at = if wish.run {
-        wish.generation.saturating_sub(1)
-    } else {
-        wish.generation
-    };
-    let local = board.locals.entry(wish.id.clone()).or_default();
-    let before = local.job.take().map(|j| j.task);
-    let work = task::delete(Arc::clone(inner), wish.id.clone(), ticket, gone_at, before);
-    local.generation = gone_at;
-    local.job = Some(Running {
-        kind: Job::Delete,
-        ticket,
-        task: tokio::spawn(work),
-    });
+    let ending = board.begin_delete(wish);
+    let work = task::delete(Arc::clone(inner), wish.id.clone(), ending);
+    board.employ(&wish.id, tokio::spawn(work));
 }
 
-fn forget(inner: &Arc<Inner>, board: &mut Board, id: &str) {
-    let ticket = board.tick();
-    let Some(local) = board.locals.get_mut(id) else {
+fn forget(inner: &Arc<Inner>, board: &mut Board, id: String) {
+    let Some(ending) = board.begin_forget(&id) else {
         return;
     };
-    let before = local.job.take().map(|j| j.task);
-    let work = task::forget(Arc::clone(inner), id.to_owned(), ticket, before);
-    local.job = Some(Running {
-        kind: Job::Cancel,
-        ticket,
-        task: tokio::spawn(work),
-    });
+    let work = task::forget(Arc::clone(inner), id.clone(), ending);
+    board.employ(&id, tokio::spawn(work));
 }

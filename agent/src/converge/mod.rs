@@ -3,7 +3,8 @@
 //!
 //! * [`plan`]: the actions; at most one per instance, none while one is under way.
 //! * [`executor`]: carries actions out, several at once; `task`: one instance's start and end.
-//! * [`record`]: what outlives the agent; `view`: what is reported.
+//! * [`record`]: what outlives the agent; `view`: what is reported; `board`: what is known now.
+//! * [`rehearsal`]: all of it without driver, disk, clock and tasks, for simulations.
 //!
 //! Rules, in order of weight:
 //! 1. Only an instance that the controller names is ever destroyed: `run == false`, or a VM left
@@ -15,6 +16,7 @@
 mod board;
 pub mod executor;
 pub mod record;
+pub mod rehearsal;
 mod survey;
 mod task;
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! begins is on disk before it begins. If the agent dies while a monitored script runs, its result
 //! is lost with it, and the instance fails and says so.
 
-use super::board::Step;
+use super::board::{Begun, Ending};
 use super::executor::Inner;
 use super::record::{Record, Stage};
 use crate::cache::{CacheError, Image};
@@ -33,21 +33,14 @@ enum Bad {
 }
 
 /// Start an instance, or go on with a start that is on record.
-pub(super) async fn start(
-    inner: Arc<Inner>,
-    wish: DesiredInstance,
-    ticket: u64,
-    record: Option<Record>,
-    there: Option<VmFacts>,
-) {
+pub(super) async fn start(inner: Arc<Inner>, wish: DesiredInstance, begun: Begun) {
     let id = wish.id.clone();
-    let resumed = record.is_some();
-    let mut record =
-        record.unwrap_or_else(|| Record::begin(&wish.id, wish.generation, &wish.image));
-    if !resumed && there.is_some() {
-        // Its record is lost: whether its script ran cannot be known, so it does not run again.
-        record.script_begun = true;
-    }
+    let Begun {
+        ticket,
+        record,
+        there,
+    } = begun;
+    let record = resume(&wish, record, there.is_some());
     let mut starter = Starter {
         inner: Arc::clone(&inner),
         wish,
@@ -60,41 +53,58 @@ pub(super) async fn start(
     release(&inner, &id, ticket);
 }
 
-/// Break off what `before` does, then remove everything of the instance.
-pub(super) async fn delete(
-    inner: Arc<Inner>,
-    id: String,
-    ticket: u64,
-    gone_at: u64,
-    before: Option<JoinHandle<()>>,
-) {
-    break_off(before).await;
+/// From what a start goes on.
+pub(super) fn resume(wish: &DesiredInstance, record: Option<Record>, there: bool) -> Record {
+    record.unwrap_or_else(|| {
+        let mut record = Record::begin(&wish.id, wish.generation, &wish.image);
+        // Its record is lost: whether its script ran cannot be known, so it does not run again.
+        record.script_begun = there;
+        record
+    })
+}
+
+/// Break off what went before, then remove everything of the instance.
+pub(super) async fn delete(inner: Arc<Inner>, id: String, ending: Ending) {
+    break_off(ending.before).await;
     remove_vm(&inner, &id).await;
     remove_record(&inner, &id).await;
-    if let Some(local) = inner.board.lock().holder(&id, ticket) {
-        local.generation = gone_at;
-        local.record = None;
-        local.gone = true;
-    }
+    let (ticket, gone_at) = (ending.ticket, ending.gone_at);
+    inner.board.lock().removed(&id, ticket, gone_at);
     release(&inner, &id, ticket);
 }
 
-/// Break off what `before` does; if no VM has come of it, nothing is remembered either.
-pub(super) async fn forget(
-    inner: Arc<Inner>,
-    id: String,
-    ticket: u64,
-    before: Option<JoinHandle<()>>,
-) {
-    break_off(before).await;
+/// Break off what went before; if no VM has come of it, nothing is remembered either.
+pub(super) async fn forget(inner: Arc<Inner>, id: String, ending: Ending) {
+    let begun = ending.before.is_some();
+    break_off(ending.before).await;
+    if begun {
+        // It may have been broken off between the VM and the news of it.
+        look(&inner, &id).await;
+    }
     if !inner.board.lock().vms.contains_key(&id) {
         remove_record(&inner, &id).await;
-        let mut board = inner.board.lock();
-        if board.holder(&id, ticket).is_some() {
-            board.locals.remove(&id);
-        }
+        inner.board.lock().forgotten(&id, ending.ticket);
     }
-    release(&inner, &id, ticket);
+    release(&inner, &id, ending.ticket);
+}
+
+/// Ask the driver what is there, until it says so.
+async fn look(inner: &Inner, id: &str) {
+    let mut pause = inner.settings.retry_pause;
+    loop {
+        let asked = inner.board.lock().tick();
+        match inner.driver.list().await {
+            Ok(list) => {
+                inner.board.lock().surveyed(asked, list);
+                return;
+            }
+            Err(error) => {
+                tracing::warn!(instance = id, %error, "cannot list VMs; asking again");
+            }
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(RETRY_PAUSE_MAX);
+    }
 }
 
 async fn break_off(before: Option<JoinHandle<()>>) {
@@ -105,11 +115,8 @@ async fn break_off(before: Option<JoinHandle<()>>) {
     }
 }
 
-/// The task is at its end: the core may decide anew.
 fn release(inner: &Inner, id: &str, ticket: u64) {
-    if let Some(local) = inner.board.lock().holder(id, ticket) {
-        local.job = None;
-    }
+    inner.board.lock().release(id, ticket);
     inner.report();
     inner.wake.notify_one();
 }
@@ -222,9 +229,7 @@ impl Starter {
 
     fn pulling(&self, part: f32, told: &mut Option<Instant>) {
         let mut board = self.inner.board.lock();
-        if let Some(local) = board.holder(&self.wish.id, self.ticket) {
-            local.step = Step::Pulling(part);
-        }
+        board.pulling(&self.wish.id, self.ticket, part);
         drop(board);
         if told.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {
             *told = Some(Instant::now());
@@ -368,10 +373,7 @@ impl Starter {
     }
 
     fn show(&self) {
-        let mut board = self.inner.board.lock();
-        if let Some(local) = board.holder(&self.wish.id, self.ticket) {
-            local.record = Some(self.record.clone());
-        }
+        self.inner.board.lock().show(self.ticket, &self.record);
     }
 
     fn saw(&self, facts: VmFacts) {

@@ -19,8 +19,10 @@ use tokio::time::{Instant, sleep};
 /// How the fake behaves.
 #[derive(Clone, Debug)]
 pub struct FakeConfig {
-    /// What `start` takes.
+    /// What `start` takes until the VM is there.
     pub start_delay: Duration,
+    /// From then on until `start` says so.
+    pub answer_delay: Duration,
     /// From the start to the guest's first answer.
     pub boot_delay: Duration,
     /// What `stop` and `delete` take.
@@ -35,6 +37,7 @@ impl Default for FakeConfig {
     fn default() -> FakeConfig {
         FakeConfig {
             start_delay: Duration::from_millis(20),
+            answer_delay: Duration::ZERO,
             boot_delay: Duration::from_millis(100),
             stop_delay: Duration::from_millis(20),
             capacity: usize::MAX,
@@ -228,7 +231,7 @@ impl Driver for FakeDriver {
         check_id(&spec.id)?;
         self.fault(Verb::Start)?;
         sleep(self.config.start_delay).await;
-        self.change(|vms| {
+        let made = self.change(|vms| {
             if let Some(vm) = vms.get(&spec.id) {
                 return Ok(vm.facts.clone());
             }
@@ -243,7 +246,9 @@ impl Driver for FakeDriver {
             };
             vms.insert(spec.id.clone(), vm);
             Ok(facts)
-        })?
+        })?;
+        sleep(self.config.answer_delay).await;
+        made
     }
 
     async fn ready(&self, id: &str, need_network: bool) -> Result<VmFacts, DriverError> {

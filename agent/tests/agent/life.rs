@@ -1,10 +1,11 @@
 //! Lives of instances.
 
 use crate::stub::*;
-use mainstay_agent::driver::fake::Verb;
+use mainstay_agent::driver::fake::{FakeConfig, Verb};
 use mainstay_agent::driver::{Driver, DriverError};
-use mainstay_agent::wire::ImageRef;
+use mainstay_agent::wire::{DesiredInstance, ImageRef};
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 fn hold(agent: &Running, tags: &[&str]) {
     let tags: BTreeSet<String> = tags.iter().map(|t| (*t).to_owned()).collect();
@@ -216,6 +217,58 @@ async fn an_unknown_vm_is_reported_and_left_alone() {
     cluster.want(vec![stop("a", 9)]);
     cluster.phase("a", "gone").await;
     assert!(agent.vms().await.is_empty(), "once it is named, it goes");
+}
+
+/// Its node was given up before its VM was made, and told so when it came back: it says that there is
+/// nothing, or the room would stay taken.
+#[tokio::test]
+async fn what_is_kept_and_was_never_there_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let cluster = Cluster::new();
+    let home = Stub::new(&cluster).await;
+    let agent = agent(dir.path(), &[&home]).await;
+    let kept = |id: &str| DesiredInstance {
+        keep: true,
+        ..run(id, 3)
+    };
+    hold(&agent, &["v1"]);
+    cluster.want(vec![run("pulled", 2)]);
+    cluster.phase("pulled", "pulling").await;
+    cluster.want(vec![kept("pulled"), kept("unheard")]);
+    for id in ["pulled", "unheard"] {
+        assert_eq!(cluster.phase(id, "gone").await.generation, 3);
+    }
+    assert!(agent.vms().await.is_empty());
+}
+
+/// Its node was given up while its VM was being made, just when that was there: it is still this node's.
+#[tokio::test]
+async fn a_start_broken_off_behind_its_vm_leaves_a_vm_that_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let cluster = Cluster::new();
+    let home = Stub::new(&cluster).await;
+    let never = Duration::from_secs(3600);
+    let fake = FakeConfig {
+        answer_delay: never,
+        ..FakeConfig::default()
+    };
+    let agent = agent_on(dir.path(), vec![home.url.clone()], fake, never).await;
+    cluster.want(vec![run("a", 2)]);
+    until("the VM is there", async || agent.vms().await == ["a"]).await;
+    let kept = DesiredInstance {
+        keep: true,
+        ..run("a", 3)
+    };
+    cluster.want(vec![kept]);
+    let seen = cluster
+        .reported("what became of it", |r| {
+            r.observed.iter().any(|o| o.id == "a" && o.generation == 3)
+        })
+        .await;
+    assert_eq!(seen.observed[0].phase, "running");
+    cluster.want(vec![stop("a", 4)]);
+    cluster.phase("a", "gone").await;
+    assert!(agent.vms().await.is_empty());
 }
 
 #[tokio::test]

@@ -263,6 +263,20 @@ pub(crate) async fn agent(dir: &Path, controllers: &[&Stub]) -> Running {
 }
 
 pub(crate) async fn agent_with(dir: &Path, controllers: Vec<String>, capacity: usize) -> Running {
+    let fake = FakeConfig {
+        capacity,
+        ..FakeConfig::default()
+    };
+    agent_on(dir, controllers, fake, Duration::from_millis(50)).await
+}
+
+/// With a driver like this, which is asked for what is there only so often.
+pub(crate) async fn agent_on(
+    dir: &Path,
+    controllers: Vec<String>,
+    fake: FakeConfig,
+    survey_every: Duration,
+) -> Running {
     let ms = Duration::from_millis;
     let config = AgentConfig {
         controllers,
@@ -272,7 +286,7 @@ pub(crate) async fn agent_with(dir: &Path, controllers: Vec<String>, capacity: u
         settings: Settings {
             retry_pause: ms(20),
             reject_pause: ms(10),
-            survey_every: ms(50),
+            survey_every,
             reserve: Reserve::Bytes(0),
             ..Settings::default()
         },
@@ -284,9 +298,8 @@ pub(crate) async fn agent_with(dir: &Path, controllers: Vec<String>, capacity: u
     };
     let fake = FakeConfig {
         boot_delay: ms(10),
-        capacity,
         file: Some(dir.join("vms.json")),
-        ..FakeConfig::default()
+        ..fake
     };
     std::fs::create_dir_all(dir).unwrap();
     let driver = Arc::new(FakeDriver::open(fake).unwrap());
