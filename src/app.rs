@@ -1,6 +1,6 @@
 //! The one way into the replicated state: commands in, outcomes out; reads with their consistency named.
 
-use crate::stamp;
+use crate::stamp::{self, Stamps};
 use bytes::Bytes;
 use mainstay_model::{Command, CommandId, Envelope, MemberId, Outcome, Refusal, State, codec};
 use mainstay_raft::{Group, GroupError};
@@ -42,12 +42,18 @@ pub enum Consistency {
 pub struct App {
     group: Group,
     state: Arc<RwLock<State>>,
+    stamps: Arc<Stamps>,
 }
 
 impl App {
     /// `state` is the one that the group's machine applies to.
     pub fn new(group: Group, state: Arc<RwLock<State>>) -> Self {
-        Self { group, state }
+        let stamps = Arc::default();
+        Self {
+            group,
+            state,
+            stamps,
+        }
     }
 
     /// Commit a new command and wait until it is applied. A refusal is an error.
@@ -57,9 +63,10 @@ impl App {
 
     /// The same with a caller's command id: submitted twice, applied once.
     pub async fn submit_as(&self, id: CommandId, command: Command) -> Result<Outcome, AppError> {
+        let stamp_ms = self.now_ms(&self.state.read());
         let envelope = Envelope {
             id,
-            stamp_ms: stamp::now_ms(),
+            stamp_ms,
             command,
         };
         let bytes = Bytes::from(codec::encode_envelope(&envelope));
@@ -68,6 +75,11 @@ impl App {
             Outcome::Refused(refusal) => Err(AppError::Refused(refusal)),
             outcome => Ok(outcome),
         }
+    }
+
+    /// The time that commands are stamped with, for who decides by a state what is due.
+    pub fn now_ms(&self, state: &State) -> u64 {
+        self.stamps.now_ms(state.clock_ms)
     }
 
     /// Look at the state. Never hold the guard across an await: clone what you need.

@@ -1,13 +1,40 @@
 //! The only clock and the only source of ids in the controller. Everything replicated is stamped here.
 
+use mainstay_model::pace::Pace;
 use mainstay_model::{CommandId, InstanceId, TemplateId};
-use std::time::{SystemTime, UNIX_EPOCH};
+use parking_lot::Mutex;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Milliseconds since the Unix epoch.
 pub fn now_ms() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// The time that this member stamps commands with: its clock's, unless the state's clock is ahead of it
+/// (see [`Pace`]).
+#[derive(Debug)]
+pub struct Stamps {
+    begun: Instant,
+    pace: Mutex<Pace>,
+}
+
+impl Default for Stamps {
+    fn default() -> Self {
+        Self {
+            begun: Instant::now(),
+            pace: Mutex::default(),
+        }
+    }
+}
+
+impl Stamps {
+    /// Milliseconds since the Unix epoch, at or after the state's clock.
+    pub fn now_ms(&self, state_clock_ms: u64) -> u64 {
+        let passed = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.pace.lock().now(now_ms(), passed, state_clock_ms)
+    }
 }
 
 /// A fresh command id.

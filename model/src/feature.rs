@@ -12,11 +12,12 @@
 //! | 5 | those stored before level 3 move sixteen at a time, when the first of them is replaced; raised to less, all move at once |
 //! | 7 | `DescribeTag`, `NotePulls`, `SetQuota` |
 //! | 8 | what all repositories say together has a bound, and a manifest one media type |
+//! | 9 | a binding holds only if the node is one that the request allows still; who waits for a group that is no more fails; an agent is told to keep what it said has failed or stopped |
 
 use crate::command::Command;
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 8;
+pub const SUPPORTED: u32 = 9;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
 /// At which they move there little by little.
@@ -30,6 +31,13 @@ pub const TAG_NOTES: u32 = 7;
 /// At which a put of an artifact is refused that the cluster has no room for, or that calls a known
 /// manifest by another media type.
 pub const ARTIFACT_ROOM: u32 = 8;
+/// At which a binding is compared with the groups and the architecture of its node again, and a request
+/// ends with the group that it waits for.
+pub const GROUPS_KEPT: u32 = 9;
+/// At which a node's desired set changes with what its agent is to do about an instance, also where
+/// that follows from its own report: until it is told to keep what failed, it does not say that nothing
+/// of it is left, and the room stays taken.
+pub const TOLD_TO_KEEP: u32 = 9;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it

@@ -21,6 +21,7 @@ pub mod member;
 pub mod metadata;
 pub mod node;
 pub mod outcome;
+pub mod pace;
 pub mod plan;
 #[cfg(feature = "seeded-bugs")]
 pub mod seeded;

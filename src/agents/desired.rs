@@ -6,6 +6,7 @@ use base64::engine::general_purpose::STANDARD;
 use mainstay_agent::wire;
 use mainstay_model::instance::{Instance, Script, ScriptFailure, Wanted};
 use mainstay_model::node::Node;
+use mainstay_model::plan::{self, Shall};
 use mainstay_model::{NodeId, State};
 
 /// Clients recognise VMs of the controller by this prefix.
@@ -14,33 +15,27 @@ const NAME_PREFIX: &str = "mgmtManaged-";
 /// `None`: no such node.
 pub(super) fn desired_set(state: &State, id: &NodeId) -> Option<wire::DesiredSet> {
     let node = state.nodes.get(id)?;
-    let instances = state.on_node(id).map(|i| desired(state, node, i));
-    // Ended while the node was away; the agent destroys only what it is told to.
-    let left = state.left_on(id).map(|(id, left)| wire::DesiredInstance {
-        id: id.to_string(),
-        generation: left.generation,
-        run: false,
-        ..wire::DesiredInstance::default()
-    });
     Some(wire::DesiredSet {
         generation: node.desired_generation,
-        instances: instances.chain(left).collect(),
+        instances: plan::desired(state, id)
+            .map(|shall| wish(state, node, &shall))
+            .collect(),
         ..wire::DesiredSet::default()
     })
 }
 
-fn desired(state: &State, node: &Node, instance: &Instance) -> wire::DesiredInstance {
-    let request = &instance.request;
+fn wish(state: &State, node: &Node, shall: &Shall<'_>) -> wire::DesiredInstance {
     let mut wish = wire::DesiredInstance {
-        id: instance.id.to_string(),
-        generation: instance.generation,
-        run: instance.wanted() != Wanted::Gone,
-        keep: instance.wanted() == Wanted::Keep,
+        id: shall.id.to_string(),
+        generation: shall.generation,
+        run: shall.wanted != Wanted::Gone,
+        keep: shall.wanted == Wanted::Keep,
         ..wire::DesiredInstance::default()
     };
-    if instance.wanted() != Wanted::Run {
+    let Some(instance) = shall.instance.filter(|_| shall.wanted == Wanted::Run) else {
         return wish;
-    }
+    };
+    let request = &instance.request;
     let template = state.templates.get(&request.template);
     let tag = template.and_then(|t| t.tags.get(&instance.tag_number));
     let template_name = template.map_or("", |t| t.name.as_str());

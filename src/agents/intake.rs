@@ -6,9 +6,9 @@ use super::translate;
 use crate::app::{App, Consistency};
 use mainstay_agent::wire::{ImageRef, Report};
 use mainstay_model::codec::encoded_len;
-use mainstay_model::instance::{Instance, InstanceState, Observation, ObservedPhase};
+use mainstay_model::instance::Observation;
 use mainstay_model::limits::{BATCH, NODE_IMAGES};
-use mainstay_model::{Command, NodeId, State, TemplateId};
+use mainstay_model::{Command, NodeId, State, TemplateId, plan};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -80,12 +80,7 @@ pub(super) fn commands(state: &State, report: &Report) -> Vec<Command> {
         .observed
         .iter()
         .filter_map(translate::observation)
-        .filter(|seen| {
-            let instance = state.instances.get(&seen.id);
-            let left = state.left.get(&seen.id);
-            instance.is_some_and(|i| i.node.as_ref() == Some(&id) && tells_news(i, seen))
-                || left.is_some_and(|l| l.removed_by(&id, seen))
-        })
+        .filter(|seen| plan::is_news(state, &id, seen))
         .take(BATCH)
         .collect();
     commands.extend(split(changes).into_iter().map(|changes| Command::Observe {
@@ -125,27 +120,4 @@ fn images(images: &[ImageRef]) -> BTreeSet<(TemplateId, u32)> {
     all.map(|i| (TemplateId::from(i.template_id.clone()), i.number))
         .take(NODE_IMAGES)
         .collect()
-}
-
-/// Would the state machine do anything with it? Errs on the side of saying it once more.
-fn tells_news(instance: &Instance, seen: &Observation) -> bool {
-    use InstanceState as S;
-    use ObservedPhase as P;
-    if instance.generation != seen.generation || instance.ended_ms.is_some() {
-        return false;
-    }
-    let facts = seen.vm.is_some() && seen.vm.as_ref() != instance.vm.as_deref();
-    let script = seen.script.is_some() && instance.script_result.is_none();
-    let step = match (instance.state, &seen.phase) {
-        (S::Terminated, _) => return false,
-        (S::Terminating, P::Gone) => true,
-        (S::Error, P::Gone) => return !instance.vm_gone,
-        (S::Error | S::Terminating, _) => false,
-        (_, P::Failed(_) | P::Rejected(_) | P::Gone) => true,
-        (S::Scheduling, P::Pulling) => true,
-        (S::Scheduling | S::Pulling | S::Stopped, P::Running) => true,
-        (S::Scheduling | S::Pulling | S::Started | S::Stopping, P::Stopped) => true,
-        (_, P::Pulling | P::Starting | P::Running | P::Stopped) => false,
-    };
-    step || facts || script
 }

@@ -2,8 +2,7 @@
 
 use super::{ReconcileConfig, lead};
 use crate::app::{App, Consistency};
-use crate::stamp;
-use mainstay_model::{Command, InstanceId, State};
+use mainstay_model::{Command, plan};
 use tokio::time::sleep;
 
 /// Instances in one command.
@@ -16,7 +15,7 @@ pub(super) async fn run(app: App, config: ReconcileConfig) {
         let Ok(ids) = app
             .read(Consistency::Stale)
             .await
-            .map(|state| ended(&state, retention_ms, stamp::now_ms()))
+            .map(|state| plan::forgettable(&state, retention_ms, app.now_ms(&state), EXPIRE_MAX))
         else {
             sleep(config.expire_every).await;
             continue;
@@ -32,11 +31,4 @@ pub(super) async fn run(app: App, config: ReconcileConfig) {
         }
         sleep(config.expire_every).await;
     }
-}
-
-fn ended(state: &State, retention_ms: u64, now_ms: u64) -> Vec<InstanceId> {
-    let now = now_ms.max(state.clock_ms);
-    let over = |at: &u64| at.saturating_add(retention_ms) <= now;
-    let ended = state.ended().take_while(|(at, _)| over(at));
-    ended.map(|(_, id)| id.clone()).take(EXPIRE_MAX).collect()
 }

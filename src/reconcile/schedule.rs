@@ -2,7 +2,6 @@
 
 use super::{ReconcileConfig, lead};
 use crate::app::{App, Consistency};
-use crate::stamp;
 use mainstay_model::command::Binding;
 use mainstay_model::{Command, Outcome, plan};
 use std::time::Duration;
@@ -43,7 +42,7 @@ async fn look(app: &App, limit: usize) -> Result<Vec<Binding>, ()> {
     if !state.any_waits() {
         return Ok(Vec::new());
     }
-    Ok(plan::place_at(&state, limit, stamp::now_ms()).bindings)
+    Ok(plan::place_at(&state, limit, app.now_ms(&state)).bindings)
 }
 
 enum Bound {

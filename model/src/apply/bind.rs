@@ -2,8 +2,12 @@
 
 use super::{Applied, check};
 use crate::command::Binding;
+use crate::feature::GROUPS_KEPT;
 use crate::limits;
 use crate::outcome::Outcome;
+use crate::plan;
+#[cfg(feature = "seeded-bugs")]
+use crate::seeded;
 use crate::state::State;
 
 pub(super) fn bind(state: &mut State, bindings: &[Binding]) -> Applied {
@@ -29,8 +33,13 @@ fn holds(state: &State, binding: &Binding) -> bool {
     let Some(node) = state.nodes.get(&binding.node) else {
         return false;
     };
+    #[cfg(feature = "seeded-bugs")]
+    if seeded::has(seeded::Bug::Overfull) {
+        return instance.waits() && instance.generation == binding.generation && node.accepts();
+    }
     instance.waits()
         && instance.generation == binding.generation
         && node.accepts()
         && node.has_room_for(state.load(&node.id).plus(instance.demand()))
+        && (state.features < GROUPS_KEPT || plan::allows(state, instance, node))
 }

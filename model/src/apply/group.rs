@@ -1,12 +1,18 @@
 //! Node groups and who is in them.
 
-use super::{Applied, check};
+use super::{Applied, check, instance};
+use crate::feature::GROUPS_KEPT;
 use crate::group::Group;
-use crate::ids::{GroupId, NodeId};
+use crate::ids::{GroupId, InstanceId, NodeId};
+use crate::instance::Instance;
 use crate::limits::{self, clip};
+use crate::node::Node;
 use crate::outcome::{Outcome, Refusal};
 use crate::state::State;
 use std::collections::BTreeSet;
+
+/// Why an instance failed whose group ended before it had a node.
+pub(super) const GONE: &str = "its group was deleted before the instance was placed";
 
 pub(super) fn put(state: &mut State, group: &Group) -> Applied {
     check::id("group id", group.id.as_str())?;
@@ -53,7 +59,35 @@ pub(super) fn delete(state: &mut State, id: &GroupId) -> Applied {
             n.groups.remove(id);
         });
     }
+    fail_hopeless(state, &BTreeSet::from([id.clone()]));
     Ok(Outcome::Done)
+}
+
+/// Neither was it made by somebody, nor did a node ask for it when it joined.
+pub(super) fn is_gone(state: &State, group: &GroupId) -> bool {
+    let joined = |n: &Node| n.groups.contains(group);
+    !state.groups.contains_key(group) && !state.nodes.values().any(joined)
+}
+
+/// Who waits for one of these groups waits for ever if it is no more.
+pub(super) fn fail_hopeless(state: &mut State, groups: &BTreeSet<GroupId>) {
+    if state.features < GROUPS_KEPT {
+        return;
+    }
+    let gone = |group: &&GroupId| is_gone(state, group);
+    let gone: BTreeSet<&GroupId> = groups.iter().filter(gone).collect();
+    if gone.is_empty() {
+        return;
+    }
+    let hopeless = |i: &&Instance| i.request.group.as_ref().is_some_and(|g| gone.contains(g));
+    let ids: Vec<InstanceId> = state
+        .waiting()
+        .filter(hopeless)
+        .map(|i| i.id.clone())
+        .collect();
+    for id in &ids {
+        instance::fail_for_good(state, id, GONE);
+    }
 }
 
 /// All or none: every node and, when joining, every group must be known.
@@ -86,6 +120,9 @@ pub(super) fn change_nodes(
     }
     for (id, after) in changed {
         state.edit_node(id, |n| n.groups = after);
+    }
+    if !member {
+        fail_hopeless(state, &groups.iter().cloned().collect());
     }
     Ok(Outcome::Done)
 }

@@ -147,6 +147,10 @@ pub(super) fn terminate(state: &mut State, id: &InstanceId) -> Applied {
     match instance.node.clone() {
         // Never had a VM: stays Terminating until it is forgotten.
         None => end(state, id, InstanceState::Terminating),
+        #[cfg(feature = "seeded-bugs")]
+        Some(_) if crate::seeded::has(crate::seeded::Bug::HastyEnd) => {
+            end(state, id, InstanceState::Terminated);
+        }
         Some(_) if vm_gone => end(state, id, InstanceState::Terminated),
         Some(node) if state.nodes.get(&node).is_none_or(|n| n.lost) => {
             end_unseen(state, id);
@@ -177,6 +181,10 @@ pub(super) fn end(state: &mut State, id: &InstanceId, last: InstanceState) {
 /// the VM. The caller bumps the node's desired set.
 pub(super) fn end_unseen(state: &mut State, id: &InstanceId) {
     end(state, id, InstanceState::Terminated);
+    #[cfg(feature = "seeded-bugs")]
+    if crate::seeded::has(crate::seeded::Bug::NothingLeft) {
+        return;
+    }
     let Some(instance) = state.instances.get(id) else {
         return;
     };

@@ -1,6 +1,6 @@
 //! Nodes join, are configured, are judged and leave. What they report is `observe`.
 
-use super::{Applied, check, instance};
+use super::{Applied, check, group, instance};
 use crate::ids::{InstanceId, NodeId, TemplateId};
 use crate::instance::{Instance, InstanceState};
 use crate::limits::{self, clip};
@@ -93,7 +93,9 @@ pub(super) fn remove(state: &mut State, id: &NodeId) -> Applied {
     for instance in pinned.collect::<Vec<_>>() {
         instance::fail_for_good(state, &instance, "the node it was pinned to was removed");
     }
+    let groups = state.nodes.get(id).map(|n| n.groups.clone());
     state.remove_node(id);
+    group::fail_hopeless(state, &groups.unwrap_or_default());
     Ok(Outcome::Done)
 }
 

@@ -8,13 +8,16 @@
 //! ```
 //! Of an ended instance only one thing still counts: that what was left of it is gone.
 
-use super::{Applied, check, instance};
+use super::{Applied, check, group, instance};
+use crate::feature::{GROUPS_KEPT, TOLD_TO_KEEP};
 use crate::ids::NodeId;
 use crate::instance::{
     Instance, InstanceState, Observation, ObservedPhase, Rejection, ScriptResult, VmInfo,
 };
 use crate::limits::{self, clip, clip_front};
 use crate::outcome::{Outcome, Refusal};
+#[cfg(feature = "seeded-bugs")]
+use crate::seeded;
 use crate::state::State;
 
 pub(super) fn observe(state: &mut State, node: &NodeId, changes: &[Observation]) -> Applied {
@@ -36,17 +39,24 @@ pub(super) fn observe(state: &mut State, node: &NodeId, changes: &[Observation])
         let Some(instance) = state.instances.get(&seen.id) else {
             continue;
         };
-        if instance.node.as_ref() != Some(node)
-            || instance.generation != seen.generation
-            || instance.ended_ms.is_some()
-        {
+        let fits = instance.generation == seen.generation;
+        #[cfg(feature = "seeded-bugs")]
+        let fits = fits || seeded::has(seeded::Bug::StaleReport);
+        if instance.node.as_ref() != Some(node) || !fits || instance.ended_ms.is_some() {
             continue;
         }
         let step = step(instance, &seen.phase);
         if !matches!(step, Step::Unbind(_) | Step::End) {
             record_facts(state, seen);
         }
+        let before = state.instances.get(&seen.id).map(Instance::wanted);
+        let told = state.nodes.get(node).map(|n| n.desired_generation);
         take(state, node, seen, step);
+        let after = state.instances.get(&seen.id).map(Instance::wanted);
+        let same = told == state.nodes.get(node).map(|n| n.desired_generation);
+        if state.features >= TOLD_TO_KEEP && before != after && same {
+            state.bump_desired(node);
+        }
     }
     Ok(Outcome::Done)
 }
@@ -141,14 +151,24 @@ fn unbind(state: &mut State, node: &NodeId, seen: &Observation, why: &str) {
             at_ms: now,
         });
     });
-    // It may have waited on a tag that is gone meanwhile: then nobody can start it any more.
-    let orphan = state.instances.get(&seen.id).is_some_and(|i| {
-        let template = state.templates.get(&i.request.template);
-        template.is_none_or(|t| !t.tags.contains_key(&i.tag_number))
-    });
-    if orphan {
-        instance::fail(state, &seen.id, super::template::DELETED);
+    if let Some(why) = state.instances.get(&seen.id).and_then(|i| orphan(state, i)) {
+        instance::fail(state, &seen.id, why);
     }
+}
+
+/// What it needs may be gone meanwhile: then nobody can start it any more.
+fn orphan(state: &State, instance: &Instance) -> Option<&'static str> {
+    let request = &instance.request;
+    let template = state.templates.get(&request.template);
+    if template.is_none_or(|t| !t.tags.contains_key(&instance.tag_number)) {
+        return Some(super::template::DELETED);
+    }
+    let gone = |g| state.features >= GROUPS_KEPT && group::is_gone(state, g);
+    request
+        .group
+        .as_ref()
+        .filter(|g| gone(g))
+        .map(|_| group::GONE)
 }
 
 /// Facts about the VM and its script are kept whatever the step: also after an error.

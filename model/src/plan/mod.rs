@@ -6,14 +6,26 @@
 //! Instances that ask for the same thing wait in one line and share one queue of candidates, and a line ends
 //! with the first that no node can take: a plan costs about (different requests x nodes)
 //! + (bindings x log nodes), however many wait.
+//!
+//! What else a leader decides is here as well: who is reachable (`leases`), who is forgotten
+//! (`expire`), what an agent is told and what of its answers counts (`report`). The server carries
+//! it out with real time and real members, the simulation with others.
 
+mod expire;
 mod explain;
+mod leases;
 mod queue;
+mod report;
 mod score;
+
+pub use expire::forgettable;
+pub use leases::{Judge, Leases};
+pub use report::{Shall, desired, is_news};
 
 use crate::command::Binding;
 use crate::ids::InstanceId;
 use crate::instance::Instance;
+use crate::node::{Load, Node};
 use crate::state::State;
 use queue::{Queues, Room};
 use score::Request;
@@ -79,6 +91,14 @@ pub fn place_at(state: &State, limit: usize, now_ms: u64) -> Plan {
     plan
 }
 
+/// Whether a node is one that an instance may be on at all, were it empty: its group or a fallback, its
+/// architecture, its pin. What a plan was made of may have changed before it is applied.
+pub(crate) fn allows(state: &State, instance: &Instance, node: &Node) -> bool {
+    let request = Request::of(state, instance);
+    let pinned_here = request.pin.is_none_or(|pin| pin == &node.id);
+    pinned_here && score::fit(node, Load::default(), &request).is_ok()
+}
+
 /// Why an instance is where it is: `None` unless it waits for a node. Judges against the rooms
 /// that are free now, as if nobody were ahead of it.
 pub fn explain(state: &State, id: &InstanceId) -> Option<String> {
@@ -105,6 +125,6 @@ fn choose<'a>(
     if instance.rejections.is_empty() {
         queues.take(room, request)
     } else {
-        queue::take_once(room, &request, &instance.rejections, now_ms)
+        queue::take_once(room, queues, &request, &instance.rejections, now_ms)
     }
 }

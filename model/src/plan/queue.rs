@@ -83,11 +83,12 @@ impl<'a> Room<'a> {
         })
     }
 
-    fn take(&mut self, at: usize, request: &Request<'a>) {
+    /// Whether the node has to fetch an image for this that it needed for nobody before.
+    fn take(&mut self, at: usize, request: &Request<'a>) -> bool {
         let load = &mut self.nodes[at].load;
         *load = load.plus(request.demand);
         self.coming
-            .insert((at, request.template, request.tag_number));
+            .insert((at, request.template, request.tag_number))
     }
 }
 
@@ -127,22 +128,47 @@ impl<'a> Queues<'a> {
         room: &mut Room<'a>,
         request: Request<'a>,
     ) -> Result<usize, String> {
+        let (at, fetches) = self.next(room, &request)?;
+        if fetches {
+            self.image_comes(room, at, &request);
+        }
+        Ok(at)
+    }
+
+    /// A node fetches the image of `request` from now on: for others who want the same image it has become
+    /// better, wherever it stands in their queues. (That it becomes worse is found at their tops.)
+    fn image_comes(&mut self, room: &Room<'a>, at: usize, request: &Request<'a>) {
+        let image = |r: &Request<'a>| (r.template, r.tag_number);
+        for (other, queue) in &mut self.queues {
+            if let Queue::Open(key, heap) = queue
+                && image(other) == image(request)
+            {
+                heap.extend(room.score(at, other, key).map(Reverse));
+            }
+        }
+    }
+
+    fn next(
+        &mut self,
+        room: &mut Room<'a>,
+        request: &Request<'a>,
+    ) -> Result<(usize, bool), String> {
         let queue = match self.queues.entry(request.clone()) {
             Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(Queue::new(room, &request)),
+            Entry::Vacant(entry) => entry.insert(Queue::new(room, request)),
         };
         let (image, heap) = match queue {
             Queue::Open(image, heap) => (image, heap),
             Queue::Exhausted(why) => return Err(why.clone()),
         };
-        match best(heap, room, &request, image) {
+        match best(heap, room, request, image) {
             Some(at) => {
-                room.take(at, &request);
-                heap.extend(room.score(at, &request, image).map(Reverse));
-                Ok(at)
+                let fetches = room.take(at, request);
+                heap.extend(room.score(at, request, image).map(Reverse));
+                Ok((at, fetches))
             }
             None => {
-                let why = refusal(room, &request, &[], 0);
+                let why = refusal(room, request, &[], 0);
                 *queue = Queue::Exhausted(why.clone());
                 Err(why)
             }
@@ -171,6 +197,7 @@ fn best<'a>(
 /// For an instance with a history of its own: look at each node once.
 pub(super) fn take_once<'a>(
     room: &mut Room<'a>,
+    queues: &mut Queues<'a>,
     request: &Request<'a>,
     rejections: &[Rejection],
     now_ms: u64,
@@ -183,7 +210,9 @@ pub(super) fn take_once<'a>(
     };
     match room.candidates(request).filter_map(scored).min() {
         Some(score) => {
-            room.take(score.node, request);
+            if room.take(score.node, request) {
+                queues.image_comes(room, score.node, request);
+            }
             Ok(score.node)
         }
         None => Err(refusal(room, request, rejections, now_ms)),

@@ -339,7 +339,7 @@ fn group_command(r: &mut Random) -> Command {
             member: r.one_in(2),
         },
         _ if r.one_in(4) => Command::SetFeatures {
-            level: r.below(9) as u32,
+            level: r.below(10) as u32,
         },
         _ => Command::DeleteGroup { id: id(r) },
     }

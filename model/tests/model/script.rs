@@ -383,7 +383,7 @@ impl Runner {
 
 fn key_name(key: &[u8]) -> String {
     match key[0] {
-        b'c' | b'r' => String::new(),
+        b'c' | b'r' | b'q' => String::new(),
         table @ (b'v' | b'z') => {
             let (id, tail) = key[1..].split_at(key.len() - 6);
             let number = u32::from_be_bytes(tail[1..].try_into().unwrap());
@@ -647,6 +647,9 @@ fn node_command(verb: &str, args: &Words<'_>) -> Command {
             member: verb == "join",
         },
         "noop" => Command::Noop,
+        "level" => Command::SetFeatures {
+            level: first.parse().unwrap(),
+        },
         other => panic!("unknown command {other}"),
     }
 }
