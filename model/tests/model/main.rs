@@ -7,6 +7,7 @@ mod history;
 mod room;
 mod sample;
 mod script;
+mod sim;
 
 /// Whether expectations are to be rewritten instead of compared.
 fn update() -> bool {
