@@ -16,7 +16,9 @@ impl World {
     pub fn found(&mut self) {
         self.now += 1;
         self.cluster.leads_since = self.now;
-        let level = mainstay_model::feature::SUPPORTED;
+        let level = super::number("MAINSTAY_SIM_LEVEL")
+            .and_then(|level| u32::try_from(level).ok())
+            .unwrap_or(mainstay_model::feature::SUPPORTED);
         self.commit_now(Command::SetFeatures { level });
         for n in 0..GROUPS {
             let fallback = (n > 0).then(|| format!("g{}", n - 1).as_str().into());
@@ -80,7 +82,11 @@ impl World {
         if let Some(command) = self.wish() {
             self.propose(member, command);
         }
-        let next = 1 + self.random.below(600);
+        // Now and then several at once.
+        let next = match self.random.below(3) {
+            0 => 1 + self.random.below(10),
+            _ => 1 + self.random.below(600),
+        };
         self.after(next, Event::People);
     }
 
@@ -322,9 +328,11 @@ impl World {
         };
         let (term, now) = (self.cluster.term, self.now);
         self.cluster.change_leader(leader, now + gap);
-        // The former one may plan once more.
-        let late = self.random.below(gap + 100);
-        self.after(late, Event::Schedule { term });
+        // The former one may plan on for a while.
+        for _ in 0..self.random.below(4) {
+            let late = self.random.below(gap + 2_000);
+            self.after(late, Event::Schedule { term });
+        }
         self.lead();
     }
 

@@ -29,8 +29,6 @@ pub struct Truth {
     known: BTreeMap<InstanceId, Known>,
     nodes: BTreeMap<NodeId, (Load, u64)>,
     bound: BTreeMap<(InstanceId, u64), NodeId>,
-    /// Instances that have ended, by the time at which that was seen.
-    pub ended_at: BTreeMap<InstanceId, u64>,
     forgotten: BTreeSet<InstanceId>,
 }
 
@@ -49,13 +47,7 @@ impl Truth {
     }
 
     /// After a command was applied; `outcome`: unless it was known already.
-    pub fn step(
-        &mut self,
-        state: &State,
-        command: &Command,
-        outcome: Option<&Outcome>,
-        now: u64,
-    ) -> Checked {
+    pub fn step(&mut self, state: &State, command: &Command, outcome: Option<&Outcome>) -> Checked {
         if let (Command::StartInstances { ids, .. }, Some(Outcome::Started(started))) =
             (command, outcome)
         {
@@ -71,14 +63,14 @@ impl Truth {
             known.terminated = true;
         }
         for instance in state.instances.values() {
-            self.instance(state, instance, now)
+            self.instance(state, instance)
                 .map_err(|why| format!("instance {}: {why}", instance.id))?;
         }
         self.gone(state)?;
         self.loads(state)
     }
 
-    fn instance(&mut self, state: &State, i: &Instance, now: u64) -> Checked {
+    fn instance(&mut self, state: &State, i: &Instance) -> Checked {
         use InstanceState::{Error, Terminated, Terminating};
         ensure(!self.forgotten.contains(&i.id), || {
             "it was forgotten and is back".into()
@@ -128,9 +120,6 @@ impl Truth {
                 )
             })?;
         }
-        if i.ended_ms.is_some() && !known.ended {
-            self.ended_at.insert(i.id.clone(), now);
-        }
         known.state = i.state;
         known.generation = i.generation;
         known.node.clone_from(&i.node);
@@ -153,7 +142,6 @@ impl Truth {
             ensure(self.sometimes || known.is_some_and(|k| k.ended), || {
                 format!("instance {id}: lost")
             })?;
-            self.ended_at.remove(&id);
             self.forgotten.insert(id);
         }
         Ok(())

@@ -192,12 +192,8 @@ impl World {
         }
         let now = self.cluster.clock(self.cluster.leader, self.now);
         truth::rest(&self.cluster.head, &self.fleet, now)?;
-        let kept = |at: &&u64| **at + RETENTION_MS + 30_000 < self.now;
-        match self.truth.ended_at.values().find(kept) {
-            Some(at) => Err(format!(
-                "what ended {} ms ago is not forgotten",
-                self.now - at
-            )),
+        match self.cluster.head.ended().next() {
+            Some((_, id)) => Err(format!("instance {id} has ended and is not forgotten")),
             None => Ok(()),
         }
     }
@@ -285,8 +281,7 @@ impl World {
         if whole || matches!(command, Command::Bind { .. }) {
             invariants::check(&self.cluster.head)?;
             let news = (!known).then_some(&outcome);
-            self.truth
-                .step(&self.cluster.head, &command, news, self.now)?;
+            self.truth.step(&self.cluster.head, &command, news)?;
             truth::vms(&self.cluster.head, &self.fleet)?;
         }
         if let Some(before) = before {
