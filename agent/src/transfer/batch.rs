@@ -21,9 +21,9 @@ const PAUSES_MS: [u64; 5] = [100, 500, 1000, 2000, 4000];
 /// First and longest pause before a node is asked again for what it did not have yet.
 const WAIT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// Without any headway of the nodes that shall have it, the members are asked again after this.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(10);
 /// And after this in any case.
-const PATIENCE_MAX: Duration = Duration::from_secs(20);
+const PATIENCE_MAX: Duration = Duration::from_secs(60);
 /// Longest address of a node.
 const URL_MAX: usize = 128;
 

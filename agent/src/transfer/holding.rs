@@ -37,7 +37,8 @@ pub struct Holding {
     order: Vec<u32>,
     /// One bit a chunk: it is here.
     have: Vec<AtomicU64>,
-    held: AtomicU64,
+    /// Chunks that have come: in the file, or on their way there.
+    come: AtomicU64,
     warm: Mutex<Warm>,
 }
 
@@ -65,14 +66,14 @@ impl Holding {
                 word.fetch_and(!bit(*number), Ordering::Relaxed);
             }
         }
-        let held = (names.len() as u64).saturating_sub(lacking.len() as u64);
+        let come = (names.len() as u64).saturating_sub(lacking.len() as u64);
         Self {
             file,
             size,
             names,
             order,
             have,
-            held: AtomicU64::new(held),
+            come: AtomicU64::new(come),
             warm: Mutex::default(),
         }
     }
@@ -109,24 +110,22 @@ impl Holding {
         out
     }
 
-    /// Chunks that are here, holes included.
+    /// Chunks that have come, holes included.
     pub fn held(&self) -> u64 {
-        self.held.load(Ordering::Relaxed)
+        self.come.load(Ordering::Relaxed)
     }
 
     /// This chunk has been verified and written.
     pub(super) fn mark(&self, number: u64) {
-        let Some(word) = word(&self.have, number) else {
-            return;
-        };
-        // Whoever sees the bit sees what was written before it was set.
-        if word.fetch_or(bit(number), Ordering::Release) & bit(number) == 0 {
-            self.held.fetch_add(1, Ordering::Relaxed);
+        if let Some(word) = word(&self.have, number) {
+            // Whoever sees the bit sees what was written before it was set.
+            word.fetch_or(bit(number), Ordering::Release);
         }
     }
 
-    /// These were verified just now.
+    /// These have come and were verified just now: others can have them before the disk has.
     pub(super) fn warm(&self, records: Vec<WireRecord>) {
+        self.come.fetch_add(records.len() as u64, Ordering::Relaxed);
         let mut warm = self.warm.lock();
         for record in records {
             let (id, bytes) = (record.id, record.framed_len());
@@ -233,7 +232,7 @@ mod tests {
         assert_eq!(got[0].decode().unwrap(), vec![7; CHUNK]);
         holding.mark(2);
         holding.mark(2);
-        assert_eq!(holding.held(), 2);
+        assert_eq!(holding.held(), 1, "what comes is counted when it comes");
         assert_eq!(
             holding.records(&names[2..])[0].decode().unwrap(),
             b"the end"
@@ -241,6 +240,7 @@ mod tests {
         std::fs::write(dir.path().join("disk"), vec![8; 2 * CHUNK + 7]).unwrap();
         assert!(holding.records(&names).is_empty(), "spoilt");
         holding.warm(vec![WireRecord::encode(b"the end")]);
+        assert_eq!(holding.held(), 2);
         assert_eq!(
             holding.records(&names).len(),
             1,

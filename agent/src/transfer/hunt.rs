@@ -239,13 +239,15 @@ impl Hunt {
         let chunks: HashMap<Id, Vec<u8>> = bytes.into_iter().collect();
         let come = |n: &u64| chunks.contains_key(self.name(*n));
         let (here, lacking): (Vec<u64>, Vec<u64>) = batch.lacking.iter().partition(|n| come(n));
+        if let Some(holding) = &self.holding {
+            holding.warm(records);
+        }
         let (target, names) = (Arc::clone(&self.target), Arc::clone(&self.names));
         let numbers = here.clone();
         let write = move || write_chunks(&target, &names, &numbers, &chunks);
         let written = blocking(write).await?;
         batch.lacking = lacking;
         if let Some(holding) = &self.holding {
-            holding.warm(records);
             here.iter().for_each(|n| holding.mark(*n));
         }
         Ok(written)
