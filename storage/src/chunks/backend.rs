@@ -4,7 +4,7 @@
 //! ```text
 //! append (durable) -> the caller's index names the places -> settle (the pack is counted, may be sealed)
 //! ```
-//! Whatever changes packs is called by the one thread that writes; `read`, `entries` and `room` by any.
+//! Whatever changes packs is called by the one thread that writes; `read`, `read_stored`, `entries` and `room` by any.
 
 use super::Record;
 use super::bucket::BucketPacks;
@@ -103,8 +103,8 @@ pub(super) trait Backend: Debug + Send + Sync {
     /// Nothing in this pack is needed here any more; its length.
     fn remove(&self, number: u32) -> Result<u64>;
 
-    /// What is asked for next must come from where it is durable, not from memory.
-    fn forget_cached(&self, number: u32, from: u64, to: u64);
+    /// The same from where it is durable, past whatever is kept of it nearer by; that stays as it is.
+    fn read_stored(&self, number: u32, start: u64, len: usize) -> Result<Bytes>;
 
     /// Free and total bytes for what is stored.
     fn room(&self) -> Result<(u64, u64)>;

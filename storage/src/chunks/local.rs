@@ -93,6 +93,17 @@ impl LocalPacks {
         Ok(file)
     }
 
+    fn forget_pages(&self, number: u32, start: u64, len: usize) {
+        let (Ok(file), Some(len)) = (self.file(number), NonZeroU64::new(len as u64)) else {
+            return;
+        };
+        if let Err(error) = fadvise(&*file, start, Some(len), Advice::DontNeed) {
+            let path = pack::path(&self.dir, number);
+            let error = io("advise on", &path)(error.into());
+            tracing::debug!(%error, "the system keeps what it has cached");
+        }
+    }
+
     fn roll(&self, growing: &mut Growing) -> Result<()> {
         pack::seal(&*self.disk, &self.dir, &growing.pack)?;
         growing.pack = pack::create(&*self.disk, &self.dir, growing.pack.number + 1)?;
@@ -258,15 +269,11 @@ impl Backend for LocalPacks {
     }
 
     /// What the disk has counts, not what is in memory; and others' pages are not to be pushed out.
-    fn forget_cached(&self, number: u32, from: u64, to: u64) {
-        let Ok(file) = self.file(number) else {
-            return;
-        };
-        if let Err(error) = fadvise(&*file, from, NonZeroU64::new(to - from), Advice::DontNeed) {
-            let path = pack::path(&self.dir, number);
-            let error = io("advise on", &path)(error.into());
-            tracing::debug!(%error, "the system keeps what it has cached");
-        }
+    fn read_stored(&self, number: u32, start: u64, len: usize) -> Result<Bytes> {
+        self.forget_pages(number, start, len);
+        let read = self.read(number, start, len);
+        self.forget_pages(number, start, len);
+        read
     }
 
     fn room(&self) -> Result<(u64, u64)> {

@@ -48,32 +48,46 @@ impl Shared {
 
     /// What lies at these places; changes nothing, and nothing counts as used.
     pub(super) fn read_entries(&self, wanted: &mut Vec<Entry>) -> Result<Seen> {
+        self.read_places(wanted, false)
+    }
+
+    /// The same from where it is durable, not from memory or a copy near by.
+    pub(super) fn read_stored(&self, wanted: &mut Vec<Entry>) -> Result<Seen> {
+        self.read_places(wanted, true)
+    }
+
+    fn read_places(&self, wanted: &mut Vec<Entry>, stored: bool) -> Result<Seen> {
         wanted.sort_unstable_by_key(|(_, at)| (at.pack, at.offset));
         wanted.dedup_by_key(|(id, _)| *id);
         let mut seen = Seen::default();
         let mut rest = wanted.as_slice();
         while !rest.is_empty() {
             let (run, after) = rest.split_at(run_len(rest));
-            self.read_run(run, &mut seen)?;
+            self.read_run(run, stored, &mut seen)?;
             rest = after;
         }
         Ok(seen)
     }
 
-    fn read_run(&self, run: &[Entry], seen: &mut Seen) -> Result<()> {
+    fn read_run(&self, run: &[Entry], stored: bool, seen: &mut Seen) -> Result<()> {
         let (Some((_, first)), Some((_, last))) = (run.first(), run.last()) else {
             return Ok(());
         };
         let start = u64::from(first.offset);
         let len = usize::try_from(end(last) - start).unwrap_or(0);
-        let bytes = match self.backend.read(first.pack, start, len) {
+        let read = match stored {
+            true => self.backend.read_stored(first.pack, start, len),
+            false => self.backend.read(first.pack, start, len),
+        };
+        let bytes = match read {
             Ok(bytes) => bytes,
             // The pack was lost, or has just been removed.
             Err(error) if gone(&error) => Bytes::new(),
             // A place that cannot be read is damage; those beside it may be sound.
             Err(error) if unreadable(&error) && run.len() == 1 => Bytes::new(),
             Err(error) if unreadable(&error) => {
-                return run.chunks(1).try_for_each(|one| self.read_run(one, seen));
+                let mut alone = run.chunks(1);
+                return alone.try_for_each(|one| self.read_run(one, stored, seen));
             }
             Err(error) => return Err(error),
         };

@@ -195,15 +195,11 @@ impl Verifier {
             bytes,
             damaged: Vec::new(),
         };
-        let (Some((_, first)), Some((_, last))) = (batch.first(), batch.last()) else {
+        let Some((_, last)) = batch.last() else {
             return Ok(checked);
         };
-        let (from, to) = (u64::from(first.offset), end(last));
-        self.next.offset = u32::try_from(to).unwrap_or(u32::MAX);
-        let number = first.pack;
-        shared.backend.forget_cached(number, from, to);
-        let seen = shared.read_entries(&mut batch)?;
-        shared.backend.forget_cached(number, from, to);
+        self.next.offset = u32::try_from(end(last)).unwrap_or(u32::MAX);
+        let seen = shared.read_stored(&mut batch)?;
         let mut bad = seen.damaged;
         let other = seen.records.iter().filter(|(r, _)| r.verify().is_err());
         bad.extend(other.map(|(record, at)| (record.id, *at)));

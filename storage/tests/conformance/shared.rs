@@ -188,6 +188,38 @@ fn a_bucket_that_does_not_answer() {
     assert_eq!(reader.put(vec![record(30)]).unwrap().stored, 1);
 }
 
+/// A look at everything is past what is kept here: neither does it push that out, nor believe it.
+#[test]
+fn verification_reads_past_the_cache() {
+    let dir = crate::support::tempdir();
+    let mut cloud = Cloud::new(Arc::<MemoryBucket>::default(), dir.path());
+    cloud.cache_bytes = 1 << 20;
+    let line = Mortal::new(&cloud.bucket);
+    let store = cloud.open_on(1, Arc::clone(&line) as Arc<dyn Bucket>);
+    store.put((0..20).map(record).collect()).unwrap();
+    let ids: Vec<ChunkId> = (0..20).map(id).collect();
+    let kept = || {
+        let files = std::fs::read_dir(cloud.dir_of(1).join("cache")).unwrap();
+        let mut files: Vec<_> = files.map(|file| file.unwrap().file_name()).collect();
+        files.sort();
+        files
+    };
+    let before = kept();
+    assert!(!before.is_empty());
+    let mut verifier = store.verify_from(mainstay_storage::chunks::Place::default());
+    let mut checked = 0;
+    while let Some(step) = verifier.step(10_000).unwrap() {
+        checked += step.chunks;
+        assert!(step.damaged.is_empty());
+    }
+    assert_eq!((checked, kept()), (20, before));
+    line.left.store(0, Ordering::SeqCst);
+    assert_eq!(store.records(&ids).unwrap().records.len(), 20, "kept here");
+    let mut verifier = store.verify_from(mainstay_storage::chunks::Place::default());
+    let blind = verifier.step(10_000).unwrap_err();
+    assert!(matches!(blind, StorageError::Unavailable { .. }), "{blind}");
+}
+
 /// Damage in the bucket is never served, and made good by whoever has the bytes; damage of what is kept
 /// here is no damage.
 #[test]
@@ -277,5 +309,29 @@ fn another_clusters_bucket_is_refused() {
         matches!(&refused, StorageError::Foreign(why) if why.contains("one cluster")),
         "{refused}"
     );
+    assert!(refused.to_string().contains("delete the object `store`"));
     assert!(cloud.objects("packs/").is_empty());
+}
+
+/// Who has taken a bucket over is noticed before anything is deleted in it.
+#[test]
+fn a_bucket_that_changed_hands_is_not_tidied() {
+    let dir = crate::support::tempdir();
+    let cloud = Cloud::new(Arc::<MemoryBucket>::default(), dir.path());
+    let store = cloud.open(1);
+    store.put(vec![record(1)]).unwrap();
+    cloud.bucket.delete("store").unwrap();
+    store.tidy(&everybody()).unwrap();
+    assert_eq!(cloud.objects("store").len(), 1, "marked as ours again");
+    let theirs = Bytes::from_static(b"MAINSTAY-BUCKET 1 another\n");
+    cloud.bucket.put("store", theirs).unwrap();
+    let unknown = "packs/0000000000000063/0000000000000001";
+    cloud.bucket.put(unknown, Bytes::from_static(b"x")).unwrap();
+    for _ in 0..3 {
+        cloud.go_on(GRACE);
+        let refused = store.tidy(&everybody()).unwrap_err();
+        assert!(matches!(&refused, StorageError::Foreign(_)), "{refused}");
+    }
+    assert!(cloud.objects("dooms/").is_empty());
+    assert_eq!(cloud.objects("packs/").len(), 2);
 }

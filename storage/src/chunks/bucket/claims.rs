@@ -177,7 +177,7 @@ impl BucketPacks {
 
     /// Take back what interrupted work left, and delete what nobody relies on.
     pub(in super::super) fn tidy(&self, members: &Members) -> Result<()> {
-        self.greet()?;
+        self.greet_again()?;
         self.state.lock().members = members.clone();
         self.tidy_claims(members)
             .and_then(|()| self.tidy_packs(members))

@@ -277,6 +277,12 @@ impl BucketPacks {
         name(new) > name(old)
     }
 
+    /// The same once more: it may have been emptied, or given to others.
+    fn greet_again(&self) -> Result<()> {
+        *self.greeted.lock() = false;
+        self.greet()
+    }
+
     /// See to it that the bucket is ours, and that others know of us.
     pub(super) fn greet(&self) -> Result<()> {
         let mut greeted = self.greeted.lock();
@@ -295,7 +301,7 @@ impl BucketPacks {
                     .strip_prefix(STORE)
                     .unwrap_or("something else");
                 return Err(StorageError::Foreign(format!(
-                    "the bucket belongs to {owner}, this is {}: give each cluster a prefix of its own",
+                    "the bucket belongs to {owner}, this is {}: give each cluster a prefix of its own; if this one takes that one's place (after `member recover` or `snapshot restore`), delete the object `store` below the prefix",
                     self.owner
                 )));
             }
@@ -337,19 +343,24 @@ impl BucketPacks {
         }
     }
 
-    /// These blocks from the bucket, and kept.
-    fn fetch(&self, known: Known, blocks: Range<u32>) -> Result<Vec<Bytes>> {
-        let from = u64::from(blocks.start) * BLOCK;
-        let to = (u64::from(blocks.end) * BLOCK).min(known.size);
+    /// Bytes of a pack from the bucket.
+    fn get(&self, known: &Known, range: Range<u64>) -> Result<Bytes> {
         let key = known.name.key();
-        let got = self.bucket.get(&key, from..to);
+        let got = self.bucket.get(&key, range);
         if is_absent(&got) {
             // Like a lost file: see `read::gone`.
             return Err(disk_error("read", Path::new(&key))(
                 io::ErrorKind::NotFound.into(),
             ));
         }
-        let body = got.map_err(unavailable("read a pack from the bucket"))?;
+        got.map_err(unavailable("read a pack from the bucket"))
+    }
+
+    /// These blocks from the bucket, and kept.
+    fn fetch(&self, known: Known, blocks: Range<u32>) -> Result<Vec<Bytes>> {
+        let from = u64::from(blocks.start) * BLOCK;
+        let to = (u64::from(blocks.end) * BLOCK).min(known.size);
+        let body = self.get(&known, from..to)?;
         let mut pieces = Vec::new();
         for (at, block) in blocks.enumerate() {
             let start = (at * BLOCK as usize).min(body.len());
@@ -460,6 +471,16 @@ impl Backend for BucketPacks {
         Ok(all.freeze().slice(skip..stop))
     }
 
+    fn read_stored(&self, number: u32, start: u64, len: usize) -> Result<Bytes> {
+        let gone = || disk_error("read", &self.dir)(io::ErrorKind::NotFound.into());
+        let known = self.known(number).ok_or_else(gone)?;
+        let end = (start + len as u64).min(known.size);
+        if start >= end {
+            return Ok(Bytes::new());
+        }
+        self.get(&known, start..end)
+    }
+
     fn entries(&self, number: u32) -> Result<Vec<Entry>> {
         let gone = || disk_error("read", &self.dir)(io::ErrorKind::NotFound.into());
         let known = self.known(number).ok_or_else(gone)?;
@@ -530,13 +551,6 @@ impl Backend for BucketPacks {
             tracing::warn!(%error, pack = %known.name, "a claim that is not needed any more stays for now");
         }
         Ok(known.size)
-    }
-
-    fn forget_cached(&self, number: u32, from: u64, to: u64) {
-        if let Some(known) = self.known(number) {
-            self.cache
-                .forget(Self::blocks(from, to).map(|block| (known.name, block)));
-        }
     }
 
     fn room(&self) -> Result<(u64, u64)> {
