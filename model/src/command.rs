@@ -247,6 +247,72 @@ pub enum Command {
         /// Stored bytes of one copy; `None`: as much as there is room for.
         bytes: Option<u64>,
     },
+    /// The same as `PublishTag` or `PutArtifact`, weighed against the quotas by its proposer: only if
+    /// nothing came or went since.
+    AddWithin {
+        /// [`crate::State::named`] when it was weighed.
+        named: u64,
+        /// What is added.
+        what: Addition,
+    },
+}
+
+/// A tag or an artifact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Addition {
+    /// See [`Command::PublishTag`].
+    Tag(Box<TagPush>),
+    /// See [`Command::PutArtifact`].
+    Artifact(Box<ArtifactPut>),
+}
+
+impl Addition {
+    /// Of the template or repository.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Tag(push) => &push.template,
+            Self::Artifact(put) => &put.repository,
+        }
+    }
+
+    /// Whatever came meanwhile.
+    pub fn unconditional(self) -> Command {
+        match self {
+            Self::Tag(push) => Self::publish(*push),
+            Self::Artifact(put) => Command::PutArtifact { put },
+        }
+    }
+
+    fn publish(push: TagPush) -> Command {
+        Command::PublishTag {
+            new_template_id: push.new_template_id,
+            template: push.template,
+            tag: push.tag,
+            content: push.content,
+            holder: push.holder,
+            copies_needed: push.copies_needed,
+            voters: push.voters,
+        }
+    }
+}
+
+/// A pushed tag.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TagPush {
+    /// Used only if no template has this name yet.
+    pub new_template_id: TemplateId,
+    /// Template name.
+    pub template: String,
+    /// Tag name, unique within the template.
+    pub tag: String,
+    /// What it is made of.
+    pub content: TagContent,
+    /// The member whose disk has every byte.
+    pub holder: MemberId,
+    /// How many verified copies make it visible.
+    pub copies_needed: u32,
+    /// The member list that this was computed from: only copies of these count.
+    pub voters: BTreeSet<MemberId>,
 }
 
 /// A pushed OCI artifact.

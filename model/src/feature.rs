@@ -13,11 +13,12 @@
 //! | 7 | `DescribeTag`, `NotePulls`, `SetQuota` |
 //! | 8 | what all repositories say together has a bound, and a manifest one media type |
 //! | 9 | a binding holds only if the node is one that the request allows still; who waits for a group that is no more fails; an agent is told to keep what it said has failed or stopped |
+//! | 10 | `AddWithin`: quotas hold however many push at once |
 
 use crate::command::Command;
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 9;
+pub const SUPPORTED: u32 = 10;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
 /// At which they move there little by little.
@@ -38,6 +39,8 @@ pub const GROUPS_KEPT: u32 = 9;
 /// that follows from its own report: until it is told to keep what failed, it does not say that nothing
 /// of it is left, and the room stays taken.
 pub const TOLD_TO_KEEP: u32 = 9;
+/// At which what is weighed against quotas may be added under the condition that nothing else came.
+pub const ADD_WITHIN: u32 = 10;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it
@@ -50,6 +53,7 @@ impl Command {
             | Self::DeleteArtifact { .. }
             | Self::DeleteArtifactTag { .. } => ARTIFACTS,
             Self::DescribeTag { .. } | Self::NotePulls { .. } | Self::SetQuota { .. } => TAG_NOTES,
+            Self::AddWithin { .. } => ADD_WITHIN,
             _ => 0,
         }
     }

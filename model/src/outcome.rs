@@ -50,4 +50,6 @@ pub enum Refusal {
     RepositoryUnknown(String),
     /// No such artifact in the repository.
     ArtifactUnknown(Sha256),
+    /// Something came or went since the command was made: look again.
+    Stale,
 }

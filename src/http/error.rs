@@ -100,6 +100,7 @@ impl From<Refusal> for ApiError {
                 Self::fail(format!("Tag {tag} already exists with other content"))
             }
             Refusal::Limit(text) | Refusal::Conflict(text) => Self::fail(text),
+            Refusal::Stale => Self::fail("others changed it meanwhile: try again"),
         }
     }
 }

@@ -12,7 +12,8 @@ mod node;
 mod observe;
 mod template;
 
-use crate::command::Command;
+use crate::command::{Addition, Command};
+use crate::ids::TemplateId;
 use crate::outcome::{Outcome, Refusal};
 use crate::state::State;
 
@@ -56,16 +57,15 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
             copies_needed,
             voters,
         } => {
-            artifact::check_free(state, template, tag)?;
             let push = template::Push {
                 template,
                 tag,
                 content,
                 holder: *holder,
-                copies_needed: (*copies_needed).max(1),
+                copies_needed: *copies_needed,
                 voters,
             };
-            template::publish(state, new_template_id, &push)
+            publish(state, new_template_id, push)
         }
         Command::ReportHeld {
             template,
@@ -125,5 +125,38 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
         Command::SetQuota { template, bytes } => {
             template::set_quota(state, template.as_deref(), *bytes)
         }
+        Command::AddWithin { named, what } => {
+            if state.named(what.name()) != *named {
+                return Err(Refusal::Stale);
+            }
+            add(state, what)
+        }
     }
+}
+
+fn add(state: &mut State, what: &Addition) -> Applied {
+    match what {
+        Addition::Artifact(put) => artifact::put(state, put),
+        Addition::Tag(tag) => {
+            let push = template::Push {
+                template: &tag.template,
+                tag: &tag.tag,
+                content: &tag.content,
+                holder: tag.holder,
+                copies_needed: tag.copies_needed,
+                voters: &tag.voters,
+            };
+            publish(state, &tag.new_template_id, push)
+        }
+    }
+}
+
+fn publish(state: &mut State, new_id: &TemplateId, push: template::Push<'_>) -> Applied {
+    artifact::check_free(state, push.template, push.tag)?;
+    let copies_needed = push.copies_needed.max(1);
+    let push = template::Push {
+        copies_needed,
+        ..push
+    };
+    template::publish(state, new_id, &push)
 }

@@ -16,7 +16,7 @@ use crate::artifact::Repository;
 use crate::command::Envelope;
 use crate::feature::RECENT_BLOCKS;
 use crate::group::Group;
-use crate::ids::{CommandId, GroupId, InstanceId, MemberId, NodeId, TemplateId};
+use crate::ids::{CommandId, Digest, GroupId, InstanceId, MemberId, NodeId, TemplateId};
 use crate::instance::Instance;
 use crate::member::Retired;
 use crate::node::{Left, Load, Node};
@@ -191,6 +191,39 @@ impl State {
     /// What all repositories count for together; see [`crate::limits::REPOSITORY_BYTES`].
     pub fn repository_bytes(&self) -> u64 {
         self.index.repositories()
+    }
+
+    /// A number for all that counts against the quotas that `name` is under, and for the quotas: another one
+    /// whenever a tag or an artifact of that came or went, or a quota was changed. Looks at all of it: at
+    /// everything, if all together have a quota.
+    pub fn named(&self, name: &str) -> u64 {
+        let of = |owner: &[u8], content: &Digest| {
+            let mut hash = Fnv::default();
+            hash.write(owner);
+            hash.write(&content.0);
+            hash.0 as u64
+        };
+        let all = self.quotas.contains_key("");
+        let templates = self.templates.values();
+        let templates = templates.filter(|template| all || template.name == name);
+        let tags = templates.flat_map(|template| {
+            let tags = template.tags.values();
+            tags.map(|tag| of(template.id.as_str().as_bytes(), &tag.content.manifest))
+        });
+        let repositories = self.repositories.iter();
+        let repositories = repositories.filter(|(repository, _)| all || *repository == name);
+        let artifacts = repositories.flat_map(|(repository, found)| {
+            let artifacts = found.artifacts.values();
+            artifacts.map(|artifact| of(repository.as_bytes(), &artifact.content.bundle))
+        });
+        let quotas = self.quotas.iter().map(|(name, bytes)| {
+            let mut hash = Fnv::default();
+            hash.write(name.as_bytes());
+            hash.write(&bytes.to_le_bytes());
+            hash.0 as u64
+        });
+        let all = tags.chain(artifacts).chain(quotas);
+        all.fold(0, u64::wrapping_add)
     }
 
     /// A hash of everything replicated. Two members at the same applied index must agree; it

@@ -5,7 +5,9 @@
 use crate::sample::{self, Random};
 use mainstay_model::artifact::ArtifactContent;
 use mainstay_model::codec::{decode_envelope, decode_outcome, encode_envelope, encode_outcome};
-use mainstay_model::command::{ArtifactPut, ArtifactTemplate, Binding, Command, TagSelector};
+use mainstay_model::command::{
+    Addition, ArtifactPut, ArtifactTemplate, Binding, Command, TagPush, TagSelector,
+};
 use mainstay_model::group::Group;
 use mainstay_model::instance::{
     Observation, ObservedPhase, PortRule, Script, ScriptFailure, ScriptResult, StartRequest, Value,
@@ -33,7 +35,7 @@ fn commands() {
         variants.insert(bytes[1 + 17 + 9]);
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
-    assert_eq!(variants, (0..29).collect(), "a command lacks its sample");
+    assert_eq!(variants, (0..30).collect(), "a command lacks its sample");
     compare("commands.txt", &lines, |bytes| {
         decode_envelope(bytes).map(|e| encode_envelope(&e))
     });
@@ -49,7 +51,7 @@ fn outcomes() {
         variants.insert((bytes[1], if bytes[1] == 5 { bytes[2] } else { 0 }));
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
-    let refusals = (0..10).map(|n| (5, n));
+    let refusals = (0..11).map(|n| (5, n));
     let wanted: BTreeSet<_> = (0..5).map(|n| (n, 0)).chain(refusals).collect();
     assert_eq!(variants, wanted, "an outcome lacks its sample");
     compare("outcomes.txt", &lines, |bytes| {
@@ -315,6 +317,7 @@ fn all_commands() -> Vec<(&'static str, Command)> {
     all.extend(other_commands());
     all.extend(artifact_commands());
     all.extend(note_commands());
+    all.extend(weighed_commands());
     all
 }
 
@@ -338,6 +341,38 @@ fn note_commands() -> Vec<(&'static str, Command)> {
         ("set-quota", quota(None, Some(1 << 40))),
         ("set-quota-of-one", quota(Some("debian"), Some(300))),
         ("set-quota-none", quota(Some("other"), None)),
+    ]
+}
+
+fn weighed_commands() -> Vec<(&'static str, Command)> {
+    let push = TagPush {
+        new_template_id: "t1".into(),
+        template: "debian".into(),
+        tag: "v1".into(),
+        content: sample::content(7, "arm64"),
+        holder: MemberId(0xfeed_beef),
+        copies_needed: 2,
+        voters: [MemberId(2), MemberId(0xfeed_beef)].into(),
+    };
+    let put = ArtifactPut {
+        repository: "images/debian".into(),
+        tags: vec!["v7".into()],
+        content: sample::artifact(5),
+        template: None,
+        holder: MemberId(2),
+        copies_needed: 2,
+        voters: [MemberId(2)].into(),
+    };
+    let within = |named, what| Command::AddWithin { named, what };
+    vec![
+        (
+            "add-tag-within",
+            within(u64::MAX, Addition::Tag(Box::new(push))),
+        ),
+        (
+            "add-artifact-within",
+            within(300, Addition::Artifact(Box::new(put))),
+        ),
     ]
 }
 
@@ -567,6 +602,7 @@ fn all_outcomes() -> Vec<(&'static str, Outcome)> {
             "artifact-unknown",
             Refusal::ArtifactUnknown(sample::sha256(5)),
         ),
+        ("refused-stale", Refusal::Stale),
     ];
     all.extend(refusals.map(|(name, refusal)| (name, Outcome::Refused(refusal))));
     all

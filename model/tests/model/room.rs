@@ -2,10 +2,11 @@
 
 use crate::sample;
 use mainstay_model::artifact::Blob;
-use mainstay_model::command::{ArtifactPut, Command};
-use mainstay_model::feature::ARTIFACT_ROOM;
+use mainstay_model::command::{Addition, ArtifactPut, Command, TagPush, TagSelector};
+use mainstay_model::feature::{ADD_WITHIN, ARTIFACT_ROOM};
 use mainstay_model::ids::{Digest, MemberId, Sha256};
 use mainstay_model::{CommandId, Envelope, Outcome, Refusal, State, invariants, limits};
+use std::collections::BTreeSet;
 
 /// A state with this level, and a count of commands.
 struct Cloud(State, u128);
@@ -143,4 +144,57 @@ fn a_manifest_has_one_media_type() {
         matches!(&refused, Outcome::Refused(Refusal::Conflict(why)) if why.contains("oci.image")),
         "{refused:?}"
     );
+}
+
+/// What was weighed against quotas is added only if it would weigh the same now.
+#[test]
+fn what_was_weighed_is_not_added_once_something_else_came_or_went() {
+    let voters = || BTreeSet::from([1, 2, 3].map(MemberId));
+    let push = |template: &str, tag: &str, seed: u8| TagPush {
+        new_template_id: template.into(),
+        template: template.to_owned(),
+        tag: tag.to_owned(),
+        content: sample::content(seed, ""),
+        holder: MemberId(1),
+        copies_needed: 1,
+        voters: voters(),
+    };
+    let quota = |of: Option<&str>, bytes| Command::SetQuota {
+        template: of.map(str::to_owned),
+        bytes,
+    };
+    let delete = |number| Command::DeleteTag {
+        id: "a".into(),
+        selector: TagSelector::Number(number),
+    };
+    let mut cloud = Cloud::of_level(ADD_WITHIN);
+    let within = |named, push| Command::AddWithin {
+        named,
+        what: Addition::Tag(Box::new(push)),
+    };
+    let stale = Outcome::Refused(Refusal::Stale);
+    let published = |outcome: &Outcome| matches!(outcome, Outcome::Published { .. });
+    let first = cloud.0.named("a");
+    assert!(published(&cloud.apply(within(first, push("a", "v1", 1)))));
+    assert_eq!(cloud.apply(within(first, push("a", "v2", 2))), stale);
+    // Without a quota of all of them, the others do not count.
+    let before = cloud.0.named("c");
+    cloud.apply(largest("b", 1));
+    assert_eq!(cloud.0.named("c"), before);
+    for change in [
+        quota(None, Some(5)),
+        quota(Some("a"), Some(5)),
+        largest("b", 2),
+        delete(0),
+    ] {
+        let before = cloud.0.named("c");
+        assert_eq!(cloud.apply(Command::Noop), Outcome::Done);
+        assert_eq!(cloud.0.named("c"), before, "nothing that counts");
+        cloud.apply(change);
+        assert_ne!(cloud.0.named("c"), before);
+        assert_eq!(cloud.apply(within(before, push("c", "v1", 3))), stale);
+    }
+    let now = cloud.0.named("c");
+    assert!(published(&cloud.apply(within(now, push("c", "v1", 3)))));
+    assert_eq!(cloud.0.templates.len(), 1, "a went with its last tag");
 }
