@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use http_body_util::BodyExt;
 use mainstay_storage::StorageError;
-use mainstay_storage::chunks::{Bucket, ChunkStore, SharedOptions};
+use mainstay_storage::chunks::{Bucket, ChunkOptions, ChunkStore, SharedOptions};
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::client::{
     CryptoProvider, DigestAlgorithm, DigestContext, HmacContext, HttpClient, HttpConnector,
@@ -115,13 +115,13 @@ impl Access {
     }
 }
 
-/// Open the chunks of a member of a cluster in `dir`, on its disk, or in a bucket. Blocks, outside of
-/// async code.
+/// Open the chunks of a member of a cluster in `dir`, on its disk, in packs of about this length, or in a
+/// bucket. Blocks, outside of async code.
 pub fn open_chunks(
     place: Option<&BlobStore>,
     dir: &Path,
     (member, cluster): (u64, &str),
-    grace: Duration,
+    (pack_len, grace): (u64, Duration),
     runtime: Handle,
 ) -> anyhow::Result<ChunkStore> {
     let there = |wanted: &dyn Fn(&str) -> bool| {
@@ -137,7 +137,11 @@ pub fn open_chunks(
                 dir.display()
             );
         }
-        return Ok(ChunkStore::open(dir)?);
+        let options = ChunkOptions {
+            pack_len,
+            ..ChunkOptions::default()
+        };
+        return Ok(ChunkStore::open_with(dir, options)?);
     };
     if there(&|name| name.ends_with(".mspk")) {
         bail!(

@@ -422,7 +422,7 @@ impl Stores {
                 config.blob_store.as_ref(),
                 &root.join("chunks"),
                 (id, cluster),
-                config.upkeep.collect.grace,
+                (space.pack_len(), config.upkeep.collect.grace),
                 runtime,
             )?,
             names: BlobNames::open(&root.join("blobs"))?,

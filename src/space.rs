@@ -26,6 +26,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// The default mark.
 const PERCENT: u8 = 5;
 const BYTES_MAX: u64 = 2 << 30;
+/// Bounds of the length of packs.
+const PACK_MIN: u64 = 16 << 20;
+const PACK_MAX: u64 = 1 << 30;
 /// Whose reason it is that this member does not lead.
 const KEY: &str = "disk space";
 
@@ -206,6 +209,13 @@ impl Space {
         let mark = self.low.mark(room.total);
         let level = *self.level.lock();
         Some(level.left(room.free, mark))
+    }
+
+    /// Length at which packs of chunks are closed: so that, when pushes end at the mark, there is room
+    /// left to copy what is needed out of any of them, and give back the rest.
+    pub fn pack_len(&self) -> u64 {
+        let total = self.room().map_or(0, |room| room.total);
+        (self.low.mark(total) / 2).clamp(PACK_MIN, PACK_MAX)
     }
 
     /// What is wrong with the disk's room, if anything.
