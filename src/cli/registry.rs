@@ -44,14 +44,15 @@ enum RegistryCommand {
         #[arg(long, value_name = "NAME")]
         member: Option<String>,
     },
-    /// Show what each template takes on a member's disk, compressed, each chunk once
+    /// Show what each template and OCI repository takes on a member's disk, compressed, each chunk once
     Usage,
-    /// Set how much may be stored: of all templates, or of one. Pushes that would exceed it are refused
+    /// Set how much may be stored: of everything, or of one template or OCI repository. Pushes that would
+    /// exceed it are refused
     Quota {
         /// A size such as 200GiB, or "none"
         #[arg(value_name = "SIZE")]
         size: String,
-        /// Only of this template, by name; it need not be there yet
+        /// Only of the template or OCI repository of this name; it need not be there yet
         #[arg(long, value_name = "NAME")]
         template: Option<String>,
     },
@@ -124,7 +125,20 @@ fn draw_usage(usage: &Usage) -> Table {
             of.tags.len().to_string(),
         ]);
     }
-    let there = |name: &String| usage.templates.iter().any(|t| t.name == *name);
+    for of in &usage.repositories {
+        table.row([
+            format!("{} (OCI)", of.name),
+            String::new(),
+            table::bytes(of.stored_bytes),
+            table::bytes(of.unique_bytes),
+            quota(of.quota),
+            of.artifacts.to_string(),
+        ]);
+    }
+    let there = |name: &String| {
+        let template = usage.templates.iter().any(|t| t.name == *name);
+        template || usage.repositories.iter().any(|r| r.name == *name)
+    };
     for (name, bytes) in &usage.quotas {
         if !name.is_empty() && !there(name) {
             let bytes = table::bytes(*bytes);

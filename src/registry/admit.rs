@@ -1,6 +1,7 @@
 //! Before bytes are sent: would a push fit? Asks the quotas, this member's disk, and the disks of the
-//! others as far as copies on them are needed. A promise of nothing: others push as well, and each
-//! batch is still looked at when it comes. It saves a client from sending for an hour what is refused.
+//! others as far as copies on them are needed. On this member's disk the room is kept for the push while it
+//! goes on (`reserve`); of quotas and other disks nothing is promised, and each batch is still looked at when
+//! it comes. It saves a client from sending for an hour what is refused.
 
 use super::answer::{self, Answer, Params, Refused, ok};
 use super::catalog::voters;
@@ -41,12 +42,23 @@ fn yes() -> Admission {
 
 impl RegistryService {
     async fn admission(&self, asked: &AdmitRequest, local: bool) -> Result<Admission, Refused> {
-        if let Err(why) = self.has_room(asked.bytes) {
+        // What is asked by a member is kept by the member that asks.
+        let push = if local { "" } else { asked.push.as_str() };
+        if let Err(why) = self.has_room(asked.bytes, push) {
             return Ok(no(why, false));
         }
         if local {
             return Ok(yes());
         }
+        let admission = self.admission_elsewhere(asked).await;
+        if !matches!(&admission, Ok(said) if said.fits) {
+            self.reserved.end(push);
+        }
+        admission
+    }
+
+    /// What quotas and the other members say.
+    async fn admission_elsewhere(&self, asked: &AdmitRequest) -> Result<Admission, Refused> {
         if let Some(why) = self.over_quota(&asked.template, asked.bytes).await? {
             return Ok(no(why, true));
         }
@@ -74,18 +86,28 @@ impl RegistryService {
         Ok(no(text, true))
     }
 
-    /// Would so many bytes more fit on this member's disk?
-    fn has_room(&self, bytes: u64) -> Result<(), String> {
+    /// Would so many bytes more fit on this member's disk? If so, they are kept for this push.
+    fn has_room(&self, bytes: u64, push: &str) -> Result<(), String> {
         (self.room)()?;
-        match (self.left)() {
-            Some(left) if left < bytes => Err(format!(
-                "it may take up to {} MiB, and {} MiB can be stored before the disk is almost full (--low-disk): push through another member, or make room in {}",
+        if self.chunks.shared() {
+            // It goes into the bucket, which has no end that could be asked for.
+            return Ok(());
+        }
+        let Some(left) = (self.left)() else {
+            return Ok(());
+        };
+        self.reserved.take(push, bytes, left).map_err(|promised| {
+            let promised = match promised {
+                0 => String::new(),
+                some => format!(", {} MiB of them for pushes under way", some.div_ceil(1 << 20)),
+            };
+            format!(
+                "it may take up to {} MiB, and {} MiB can be stored{promised} before the disk is almost full (--low-disk): push through another member, or make room in {}",
                 bytes.div_ceil(1 << 20),
                 left >> 20,
                 self.chunks.dir().display()
-            )),
-            _ => Ok(()),
-        }
+            )
+        })
     }
 
     /// Why a peer cannot take it; `None` if it can, or does not say.

@@ -73,6 +73,13 @@ pub(super) struct Refused {
     message: String,
 }
 
+impl Refused {
+    /// For those who have a form of their own.
+    pub(super) fn message(self) -> String {
+        self.message
+    }
+}
+
 /// What a handler gives.
 pub(super) type Answer = Result<Response, Refused>;
 
@@ -116,6 +123,10 @@ pub(super) fn bad(message: impl Into<String>) -> Refused {
 impl From<AppError> for Refused {
     fn from(error: AppError) -> Self {
         match &error {
+            AppError::Refused(Refusal::Stale) => fail(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "others push at the same time: try again",
+            ),
             AppError::Refused(refusal) => fail(StatusCode::OK, refusal_text(refusal)),
             AppError::Group(GroupError::Refused(why)) => fail(StatusCode::OK, why.clone()),
             AppError::Group(_) => fail(StatusCode::SERVICE_UNAVAILABLE, error.to_string()),

@@ -3,9 +3,10 @@
 
 use super::pace::Pace;
 use super::{RegistryService, transfer};
-use mainstay_agent::transfer::{Id, api, read_records};
+use mainstay_agent::transfer::{Id, WireRecord, api, read_records_into};
 use mainstay_model::MemberId;
 use mainstay_storage::chunks::ChunkId;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -15,6 +16,23 @@ const WORD_MAX: Duration = Duration::from_secs(1);
 const SHY: Duration = Duration::from_secs(30);
 /// Longest time until a peer's answer begins.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
+/// How often it is looked whether an answer is slow.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// What came of one question for chunks.
+struct Came {
+    /// As sent.
+    bytes: u64,
+    /// `false`: given up, for others are faster.
+    ended: Result<bool, String>,
+}
+
+/// How a source's turn ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Answered,
+    GivenUp,
+}
 
 impl RegistryService {
     /// Get these chunks from the first of `sources` that has each; those that nobody had, with
@@ -46,31 +64,61 @@ impl RegistryService {
                 }
             }
         }
+        // Who was given up for another one that turned out to lack something is asked again, with patience.
+        let mut given_up = Vec::new();
         for &source in sources {
-            if rest.is_empty() {
-                break;
+            let asked = self.fetch_rest(source, &mut rest, (pace, false), &mut said);
+            if asked.await == Asked::GivenUp {
+                given_up.push(source);
             }
-            match self.fetch_from(source, &rest).await {
-                Ok(bytes) => {
-                    if let Some(pace) = pace {
-                        tokio::time::sleep(pace.spend(bytes)).await;
-                    }
-                }
-                Err(why) => {
-                    tracing::warn!(%source, why, "could not fetch chunks from a member");
-                    said.push(format!("{source}: {why}"));
-                }
-            }
-            let before = rest.len();
-            rest = self.lacking(&rest);
-            if rest.len() == before && said.len() < sources.len() {
-                said.push(format!("{source}: lacks {before} chunks"));
-            }
+        }
+        for source in given_up {
+            self.fetch_rest(source, &mut rest, (pace, true), &mut said)
+                .await;
         }
         (rest, said)
     }
 
-    /// All other members: holders of what is sought first, beginning at `turn`.
+    /// One source's turn: what it sent is not among the rest any more.
+    async fn fetch_rest(
+        &self,
+        source: MemberId,
+        rest: &mut Vec<Id>,
+        (pace, patient): (Option<&Pace>, bool),
+        said: &mut Vec<String>,
+    ) -> Asked {
+        if rest.is_empty() {
+            return Asked::Answered;
+        }
+        let begun = Instant::now();
+        let mut asked = Asked::Answered;
+        let came = self.fetch_from(source, rest, patient).await;
+        let silent = said.len();
+        match came.ended {
+            Ok(true) => {}
+            Ok(false) => {
+                let took = begun.elapsed();
+                tracing::info!(%source, bytes = came.bytes, ?took, "far slower than other members: what it has not sent is asked of them");
+                said.push(format!("{source}: far slower than other members"));
+                asked = Asked::GivenUp;
+            }
+            Err(why) => {
+                tracing::warn!(%source, why, "could not fetch chunks from a member");
+                said.push(format!("{source}: {why}"));
+            }
+        }
+        if let Some(pace) = pace {
+            tokio::time::sleep(pace.spend(came.bytes)).await;
+        }
+        let before = rest.len();
+        *rest = self.lacking(rest);
+        if rest.len() == before && said.len() == silent {
+            said.push(format!("{source}: lacks {before} chunks"));
+        }
+        asked
+    }
+
+    /// All other members: holders of what is sought first, beginning at `turn`; those that are slow last.
     pub(super) fn sources(&self, holders: &[MemberId], turn: usize) -> Vec<MemberId> {
         let mut first: Vec<MemberId> = holders
             .iter()
@@ -87,6 +135,7 @@ impl RegistryService {
             .filter(|m| *m != self.member && !first.contains(m))
             .collect();
         first.extend(others);
+        self.speeds.order(&mut first);
         first
     }
 
@@ -112,8 +161,47 @@ impl RegistryService {
             .collect()
     }
 
-    /// The bytes that came, as sent.
-    async fn fetch_from(&self, source: MemberId, ids: &[Id]) -> Result<u64, String> {
+    /// Ask one member for these, and store what comes; unless patient, only until it turns out to be far
+    /// slower than another one is.
+    async fn fetch_from(&self, source: MemberId, ids: &[Id], patient: bool) -> Came {
+        let (sent, mut records) = (AtomicU64::new(0), Vec::new());
+        let begun = Instant::now();
+        let mut ended = {
+            let mut take = |record: WireRecord| {
+                sent.fetch_add(record.framed_len() as u64, Ordering::Relaxed);
+                records.push(record);
+            };
+            let reading = self.read_from(source, ids, &mut take);
+            tokio::pin!(reading);
+            let slow = async {
+                loop {
+                    tokio::time::sleep(LOOK_EVERY).await;
+                    let sent = sent.load(Ordering::Relaxed);
+                    if !patient && self.speeds.is_slow(source, sent, begun.elapsed()) {
+                        return;
+                    }
+                }
+            };
+            tokio::select! {
+                read = &mut reading => read.map(|()| true),
+                () = slow => Ok(false),
+            }
+        };
+        let bytes = sent.load(Ordering::Relaxed);
+        self.speeds.note(source, bytes, begun.elapsed());
+        self.counts.fetched(records.len() as u64, bytes);
+        if let Err(why) = self.store_fetched(records).await {
+            ended = Err(why);
+        }
+        Came { bytes, ended }
+    }
+
+    async fn read_from(
+        &self,
+        source: MemberId,
+        ids: &[Id],
+        take: &mut (dyn FnMut(WireRecord) + Send),
+    ) -> Result<(), String> {
         let path = format!("{}?local=1", api::CHUNKS_GET);
         let request = self
             .peers
@@ -127,21 +215,24 @@ impl RegistryService {
         if !response.status().is_success() {
             return Err(format!("it answered {}", response.status()));
         }
-        let records = read_records(response, ids)
-            .await
-            .map_err(|e| e.to_string())?;
-        let bytes = records.iter().map(|r| r.framed_len() as u64).sum();
-        self.counts.fetched(records.len() as u64, bytes);
+        let read = read_records_into(response, ids, take).await;
+        read.map_err(|e| e.to_string())
+    }
+
+    async fn store_fetched(&self, records: Vec<WireRecord>) -> Result<(), String> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        let bytes = records.iter().map(|r| r.data.len() as u64).sum();
+        let _room = self.room_for(bytes).await?;
         let records = records
             .into_iter()
             .map(transfer::to_stored)
             .collect::<Result<_, _>>()?;
         let chunks = self.chunks.clone();
         let put = move || chunks.put(records).map_err(|e| e.to_string());
-        tokio::task::spawn_blocking(put)
-            .await
-            .map_err(|e| e.to_string())?
-            .map(|_| bytes)
+        let stored = tokio::task::spawn_blocking(put).await;
+        stored.map_err(|e| e.to_string())?.map(drop)
     }
 
     /// Those of these chunks that this member lacks although it looked for them at the others: what a

@@ -5,9 +5,10 @@
 //! * `transfer`: chunks in and out.
 //! * `publish`: from chunks to a tag.
 //! * `walk`: what a manifest reaches, and what of it is lacking here.
-//! * `fetch`: chunks from other members.
+//! * `fetch`: chunks from other members; `speeds`: which of them are slow.
 //! * `swarm`: nodes that pull the same at once get it from each other.
-//! * `admit`: would a push fit? asked before its bytes are sent. `usage`: what tags weigh, and quotas.
+//! * `admit`: would a push fit? asked before its bytes are sent; `reserve`: what was promised then.
+//! * `usage`: what tags weigh; `quota`: how much they may.
 //! * `pulls`: when tags were last pulled.
 //! * `pace`: limits of bytes a second.
 //! * `replicate`: makes this member hold every tag; `replicas` shows how far that is.
@@ -31,10 +32,13 @@ mod oci;
 mod pace;
 mod publish;
 mod pulls;
+mod quota;
 mod replicas;
 mod replicate;
+mod reserve;
 mod roots;
 mod scrub;
+mod speeds;
 mod swarm;
 #[cfg(test)]
 mod tests;
@@ -154,6 +158,8 @@ pub struct ReplicationFigures {
     pub fetched_chunks: u64,
     /// See above.
     pub fetched_bytes: u64,
+    /// Looks at what changed, or at all tags.
+    pub looks: u64,
     /// Looks at all tags; else only those that changed are looked at.
     pub whole_looks: u64,
     /// Tags and artifacts looked at.
@@ -179,12 +185,17 @@ pub struct RegistryService {
     swarm: swarm::Swarm,
     room: Box<Room>,
     left: Box<Left>,
+    /// Room that pushes under way were told of.
+    reserved: reserve::Reserved,
+    under_way: reserve::UnderWay,
     /// How fast tags are copied.
     pace: pace::Pace,
     counts: replicate::Counts,
     pulls: pulls::Pulls,
+    adding: tokio::sync::Mutex<quota::Turn>,
     /// What everything weighed, and when.
     weights: Mutex<Option<(u64, Arc<Usage>)>>,
+    speeds: speeds::Speeds,
     /// Members that did not say in time what they hold, and until when they are not asked.
     shy: Mutex<BTreeMap<MemberId, tokio::time::Instant>>,
     progress: replicas::ProgressMap,
@@ -225,10 +236,14 @@ impl RegistryService {
             sums: Semaphore::new(1),
             room: disk.may_store,
             left: disk.left,
+            reserved: reserve::Reserved::default(),
+            under_way: reserve::UnderWay::default(),
             pace: pace::Pace::new(upkeep.replicate_rate),
             counts: replicate::Counts::default(),
             pulls: pulls::Pulls::default(),
+            adding: tokio::sync::Mutex::default(),
             weights: Mutex::new(None),
+            speeds: speeds::Speeds::default(),
             shy: Mutex::default(),
             read_through: Semaphore::new(READ_THROUGH_MAX),
             nodes_served: Arc::new(Semaphore::new(NODES_SERVED_MAX)),

@@ -4,6 +4,7 @@
 use super::RegistryService;
 use super::answer::{self, Answer, Params, Refused, bad, fail, ok};
 use super::catalog::voters;
+use super::quota::NotAdded;
 use super::walk::{Reach, WalkError};
 use crate::app::{AppError, Consistency};
 use crate::stamp;
@@ -11,11 +12,12 @@ use axum::extract::{Request, State};
 use http::StatusCode;
 use mainstay_agent::transfer::api::{Durability, PublishRequest, TagInfo};
 use mainstay_agent::transfer::{Manifest, hex_id};
-use mainstay_model::command::{TagContent, TagSelector};
+use mainstay_model::command::{Addition, TagContent, TagPush, TagSelector};
 use mainstay_model::ids::Digest;
 use mainstay_model::instance::PortRule;
 use mainstay_model::template::{Tag, Template};
-use mainstay_model::{Command, CommandId, Outcome, TemplateId};
+use mainstay_model::{Command, CommandId, MemberId, Outcome, TemplateId};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -26,7 +28,7 @@ const NAME_MAX: usize = 128;
 const DESCRIPTION_MAX: usize = 4096;
 /// Port forwards of a tag.
 const FORWARDS_MAX: usize = 64;
-/// Longest wait for a tag to be visible, in seconds.
+/// Longest wait for a tag to be held, in seconds.
 const WAIT_MAX_S: u32 = 30;
 
 /// `POST publish`.
@@ -37,16 +39,16 @@ pub(super) async fn publish(
     service.publish(request).await.map(ok)
 }
 
-/// `GET tag`: one tag, visible or not; with `wait`, once it is visible or the time is over.
+/// `GET tag`: one tag, visible or not; with `wait`, once it is visible, and `copies` voters hold it, or the
+/// time is over.
 pub(super) async fn look_up(
     State(service): State<Arc<RegistryService>>,
     request: Request,
 ) -> Answer {
     let params = Params::from_query(request.uri());
     let (which, wait) = (Which::from(&params)?, params.number("wait")?.unwrap_or(0));
-    let tag = service
-        .wait_visible(&which, wait, Consistency::Linearizable)
-        .await?;
+    let copies = params.number("copies")?.unwrap_or(0);
+    let tag = service.wait_held(&which, wait, copies).await?;
     tag.map(ok).ok_or_else(|| fail(StatusCode::OK, "Not found"))
 }
 
@@ -117,8 +119,11 @@ impl Which {
     }
 }
 
-fn info(template: &Template, tag: &Tag) -> TagInfo {
+/// `copies` are asked for, if it is visible already.
+fn info(template: &Template, tag: &Tag, voters: &BTreeSet<MemberId>, copies: u32) -> TagInfo {
+    let held = tag.holders.intersection(voters).count();
     TagInfo {
+        copies: Some(u32::try_from(held).unwrap_or(u32::MAX)),
         template_id: template.id.to_string(),
         template: template.name.clone(),
         tag: tag.name.clone(),
@@ -127,7 +132,10 @@ fn info(template: &Template, tag: &Tag) -> TagInfo {
         size: tag.content.size,
         visible: tag.visible,
         holders: tag.holders.iter().map(ToString::to_string).collect(),
-        copies_needed: tag.copies_needed,
+        copies_needed: match tag.visible && copies > 0 {
+            true => copies,
+            false => tag.copies_needed,
+        },
     }
 }
 
@@ -142,14 +150,12 @@ impl RegistryService {
         let mut lease = self.leases.begin(self.collect.grace);
         lease.manifest(digest);
         let manifest = self.whole(digest).await?;
+        // All of it is on the disk.
+        self.reserved.end(&request.request_id);
         let content = content(&request, Digest(digest), &manifest)?;
-        let over = self.manifest_over_quota(&request.template, digest).await?;
-        if let Some(why) = over {
-            return Err(fail(StatusCode::OK, why));
-        }
         let voters = voters(&self.catalog.members().await?);
         let copies_needed = copies_needed(request.durability, voters.len())?;
-        let command = Command::PublishTag {
+        let push = TagPush {
             new_template_id: stamp::template_id(),
             template: request.template.clone(),
             tag: request.tag.clone(),
@@ -159,11 +165,16 @@ impl RegistryService {
             voters,
         };
         lease.linger();
-        let outcome = self.catalog.submit(id, command).await;
-        if matches!(outcome, Ok(_) | Err(AppError::Refused(_))) {
+        let named = (request.template.as_str(), digest);
+        let outcome = self.add(id, named, Addition::Tag(Box::new(push))).await;
+        if !matches!(outcome, Err(NotAdded::App(AppError::Group(_)))) {
             lease.settled();
         }
-        let outcome = outcome?;
+        let outcome = outcome.map_err(|error| match error {
+            NotAdded::Over(why) => fail(StatusCode::OK, why),
+            NotAdded::Unweighed(refused) => refused,
+            NotAdded::App(error) => error.into(),
+        })?;
         let Outcome::Published {
             template,
             number,
@@ -181,9 +192,7 @@ impl RegistryService {
             tag: None,
             number: Some(number),
         };
-        let seen = self
-            .wait_visible(&which, request.wait, Consistency::Linearizable)
-            .await;
+        let seen = self.wait_held(&which, request.wait, copies_needed).await;
         let gone = || {
             fail(
                 StatusCode::OK,
@@ -209,29 +218,34 @@ impl RegistryService {
         }
     }
 
-    /// A tag, once it is visible or `wait_s` seconds are over.
-    async fn wait_visible(
+    /// A tag, once it is visible and held by `copies` voters, or `wait_s` seconds are over.
+    async fn wait_held(
         &self,
         which: &Which,
         wait_s: u32,
-        consistency: Consistency,
+        copies: u32,
     ) -> Result<Option<TagInfo>, AppError> {
         let until = Instant::now() + Duration::from_secs(wait_s.min(WAIT_MAX_S).into());
         let mut changes = self.catalog.watch();
-        let find = |state: &mainstay_model::State| which.find(state).map(|(t, tag)| info(t, tag));
-        let mut seen = self.catalog.take(consistency, find).await?;
-        while seen.as_ref().is_some_and(|tag| !tag.visible) && Instant::now() < until {
-            // Time over, or the group has stopped: what was seen last is the answer.
-            if !matches!(
-                tokio::time::timeout_at(until, changes.changed()).await,
-                Ok(Ok(()))
-            ) {
-                break;
+        let mut consistency = Consistency::Linearizable;
+        loop {
+            let voters = voters(&changes.borrow_and_update());
+            let find = |state: &mainstay_model::State| {
+                let (template, tag) = which.find(state)?;
+                Some(info(template, tag, &voters, copies))
+            };
+            let seen = self.catalog.take(consistency, find).await?;
+            let lacks = |tag: &TagInfo| !tag.visible || tag.copies.is_some_and(|c| c < copies);
+            if !seen.as_ref().is_some_and(lacks) || Instant::now() >= until {
+                return Ok(seen);
             }
-            changes.borrow_and_update();
-            seen = self.catalog.take(Consistency::Stale, find).await?;
+            // Time over, or the group has stopped: what was seen last is the answer.
+            let changed = tokio::time::timeout_at(until, changes.changed()).await;
+            if !matches!(changed, Ok(Ok(()))) {
+                return Ok(seen);
+            }
+            consistency = Consistency::Stale;
         }
-        Ok(seen)
     }
 }
 

@@ -1,6 +1,6 @@
-//! When tags were last pulled. Who pulls begins with the tag's manifest, asked for by itself: that is
-//! noticed, gathered for a moment, and committed, so that all members tell the same time. Soft: a
-//! pull right before a crash of this member may go unnoticed.
+//! When tags were last pulled. Who pulls begins with the tag's manifest, asked for by itself, or with its
+//! OCI manifest: that is noticed, gathered for a moment, and committed, so that all members tell the same
+//! time. Soft: a pull right before a crash of this member may go unnoticed.
 
 use super::RegistryService;
 use crate::stamp;
@@ -18,7 +18,7 @@ const GATHER: Duration = Duration::from_secs(2);
 const GRAIN_MS: u64 = 30_000;
 
 /// A tag by template and number.
-type TagKey = (TemplateId, u32);
+pub(super) type TagKey = (TemplateId, u32);
 
 /// What was pulled from this member.
 #[derive(Debug, Default)]
@@ -62,9 +62,14 @@ impl Pulls {
         let &[manifest] = ids else {
             return;
         };
-        let Some(tag) = self.tags.lock().get(&manifest).cloned() else {
-            return;
-        };
+        let known = self.tags.lock().get(&manifest).cloned();
+        if let Some(tag) = known {
+            self.note(tag);
+        }
+    }
+
+    /// This tag is pulled.
+    pub(super) fn note(&self, tag: TagKey) {
         let now = stamp::now_ms();
         let mut noted = self.noted.lock();
         let known = noted.known.get(&tag).copied().unwrap_or(0);

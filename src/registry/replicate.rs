@@ -30,8 +30,10 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// Tags copied at once.
+/// Tags copied at once; and more of those that are not visible yet, for somebody waits for them: the
+/// copies of a member that was away for long do not hold up new pushes.
 const TAGS_AT_ONCE: usize = 2;
+const URGENT_AT_ONCE: usize = 2;
 /// Chunks of one request (8 MiB before compression), and requests at once.
 const BATCH: usize = 128;
 const REQUESTS: usize = 4;
@@ -46,8 +48,8 @@ const IDLE_LOOK: Duration = Duration::from_secs(30);
 /// What the state says is to be done; kept from look to look.
 #[derive(Default)]
 struct Todo {
-    /// Tags to copy, with their holders.
-    lacking: BTreeMap<Key, Vec<MemberId>>,
+    /// Tags to copy.
+    lacking: BTreeMap<Key, Lacking>,
     /// Tags that we said we hold.
     claimed: BTreeSet<Key>,
     /// Those of them that would be visible if copies were counted now.
@@ -56,6 +58,13 @@ struct Todo {
     seen: Option<u64>,
     /// The voters by whom copies were counted.
     voters: BTreeSet<MemberId>,
+}
+
+/// A tag that this member does not hold.
+struct Lacking {
+    holders: Vec<MemberId>,
+    /// Too few members hold it: it is not visible.
+    urgent: bool,
 }
 
 /// What a look found of one tag or artifact.
@@ -97,7 +106,11 @@ impl Todo {
             pulls.know(key.manifest.0, template.clone(), *number);
         }
         if !holders.contains(&me) {
-            self.lacking.insert(key, holders.into_iter().collect());
+            let lacking = Lacking {
+                holders: holders.into_iter().collect(),
+                urgent: !visible,
+            };
+            self.lacking.insert(key, lacking);
             return;
         }
         let copies = holders.intersection(&self.voters).count() as u64;
@@ -112,6 +125,7 @@ impl Todo {
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     lacking: AtomicU64,
+    looks: AtomicU64,
     whole_looks: AtomicU64,
     looked_at: AtomicU64,
     fetched_chunks: AtomicU64,
@@ -129,6 +143,7 @@ impl Counts {
             lacking: self.lacking.load(Ordering::Relaxed),
             fetched_chunks: self.fetched_chunks.load(Ordering::Relaxed),
             fetched_bytes: self.fetched_bytes.load(Ordering::Relaxed),
+            looks: self.looks.load(Ordering::Relaxed),
             whole_looks: self.whole_looks.load(Ordering::Relaxed),
             looked_at: self.looked_at.load(Ordering::Relaxed),
         }
@@ -162,6 +177,7 @@ pub(super) async fn run(service: Arc<RegistryService>) {
                 settled = say_again(&service, &todo, &checked).await && said;
             }
             start(&service, &todo, &pauses, &mut copies);
+            service.counts.looks.fetch_add(1, Ordering::Relaxed);
         }
         let wake = pauses
             .values()
@@ -372,19 +388,24 @@ fn start(
     pauses: &BTreeMap<Key, Pause>,
     copies: &mut JoinSet<(Key, Result<(), String>)>,
 ) {
-    for (key, holders) in &todo.lacking {
-        let waits = pauses.get(key).is_some_and(|p| p.until > Instant::now());
-        if waits || copies.len() >= TAGS_AT_ONCE {
-            continue;
+    for (urgent, places) in [(true, TAGS_AT_ONCE + URGENT_AT_ONCE), (false, TAGS_AT_ONCE)] {
+        let wanted = todo.lacking.iter().filter(|(_, l)| l.urgent == urgent);
+        for (key, Lacking { holders, .. }) in wanted {
+            if copies.len() >= places {
+                break;
+            }
+            if pauses.get(key).is_some_and(|p| p.until > Instant::now()) {
+                continue;
+            }
+            let Some(progress) = service.progress.begin(key) else {
+                continue;
+            };
+            let (service, key, holders) = (Arc::clone(service), key.clone(), holders.clone());
+            copies.spawn(async move {
+                let result = copy(&service, &key, &holders, &progress).await;
+                (key, result)
+            });
         }
-        let Some(progress) = service.progress.begin(key) else {
-            continue;
-        };
-        let (service, key, holders) = (Arc::clone(service), key.clone(), holders.clone());
-        copies.spawn(async move {
-            let result = copy(&service, &key, &holders, &progress).await;
-            (key, result)
-        });
     }
 }
 

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use http::{HeaderValue, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use mainstay_agent::transfer::api::{IDS_MAX, NODES, PutAnswer};
-use mainstay_agent::transfer::{Id, Unframer, WireRecord, ZERO_CHUNK, hex_id, node_url};
+use mainstay_agent::transfer::{CHUNK_LEN, Id, Unframer, WireRecord, ZERO_CHUNK, hex_id, node_url};
 use mainstay_storage::StorageError;
 use mainstay_storage::chunks::{ChunkId, Codec, Record};
 use std::sync::Arc;
@@ -23,10 +23,13 @@ use tokio::time::Instant;
 const BATCH_BYTES: usize = 16 << 20;
 /// Records of such a batch.
 const BATCH_RECORDS: usize = 1024;
-/// Chunks that are read and sent together.
+/// Chunks that are read and sent together, and their bytes: names of large files are larger than chunks.
 const SEND_CHUNKS: usize = 64;
+const SEND_BYTES: u64 = 4 << 20;
 /// Nodes that a node may name as bad in one request.
 const AVOID_MAX: usize = 64;
+/// Who takes nothing of an answer for so long does not get the rest: what waits for it is in memory.
+pub(super) const TAKE_MAX: Duration = Duration::from_secs(STALL_S);
 /// A client that sends nothing for so long has gone.
 const IDLE_MAX: Duration = Duration::from_secs(STALL_S);
 /// A batch must arrive within this: a slow body holds its place no longer.
@@ -84,11 +87,13 @@ pub(super) async fn receive(
     State(service): State<Arc<RegistryService>>,
     request: Request,
 ) -> Answer {
-    service.receive_all(request.into_body()).await.map(ok)
+    let params = answer::Params::from_query(request.uri());
+    let push = params.get("push").unwrap_or_default();
+    service.receive_all(request.into_body(), push).await.map(ok)
 }
 
 impl RegistryService {
-    async fn receive_all(&self, body: Body) -> Result<PutAnswer, Refused> {
+    async fn receive_all(&self, body: Body, push: &str) -> Result<PutAnswer, Refused> {
         (self.room)().map_err(full)?;
         let _turn = self.readers.acquire().await.map_err(|_| stopping())?;
         let mut stream = body.into_data_stream();
@@ -110,6 +115,7 @@ impl RegistryService {
                 batch.push(to_stored(record).map_err(bad)?);
                 if bytes >= BATCH_BYTES || batch.len() >= BATCH_RECORDS {
                     self.store(std::mem::take(&mut batch), &mut total).await?;
+                    self.reserved.came(push, bytes as u64);
                     bytes = 0;
                     due = Instant::now() + BATCH_MAX;
                 }
@@ -117,12 +123,14 @@ impl RegistryService {
         }
         unframer.finish().map_err(|e| bad(e.to_string()))?;
         self.store(batch, &mut total).await?;
+        self.reserved.came(push, bytes as u64);
         Ok(total)
     }
 
     async fn store(&self, batch: Vec<Record>, total: &mut PutAnswer) -> Result<(), Refused> {
         // Each time: a body has no end that would be known, and others write as well.
-        (self.room)().map_err(full)?;
+        let bytes = batch.iter().map(|r| r.data.len() as u64).sum();
+        let _room = self.room_for(bytes).await.map_err(full)?;
         let _turn = self.writers.acquire().await.map_err(|_| stopping())?;
         let chunks = self.chunks.clone();
         let put = tokio::task::spawn_blocking(move || chunks.put(batch)).await;
@@ -173,7 +181,10 @@ pub(super) async fn send(State(service): State<Arc<RegistryService>>, request: R
     let (sender, receiver) = mpsc::channel::<std::io::Result<Bytes>>(2);
     tokio::spawn(async move {
         let _turn = turn;
-        for wanted in ids.chunks(SEND_CHUNKS) {
+        let mut rest = ids.as_slice();
+        while !rest.is_empty() {
+            let (wanted, after) = rest.split_at(service.piece_len(rest));
+            rest = after;
             let piece = service.gather(wanted, local).await.map_err(|why| {
                 tracing::error!(why, "could not read chunks");
                 std::io::Error::other(why)
@@ -182,7 +193,7 @@ pub(super) async fn send(State(service): State<Arc<RegistryService>>, request: R
             let failed = piece.is_err();
             // An error cuts the answer off; a client that has gone wants no more, and one that takes nothing
             // for so long has gone as well.
-            let sent = tokio::time::timeout(IDLE_MAX, sender.send(piece)).await;
+            let sent = tokio::time::timeout(TAKE_MAX, sender.send(piece)).await;
             if !matches!(sent, Ok(Ok(()))) || failed {
                 return;
             }
@@ -219,6 +230,18 @@ impl RegistryService {
 }
 
 impl RegistryService {
+    /// How many of the first of these are read and sent together.
+    fn piece_len(&self, ids: &[Id]) -> usize {
+        let mut bytes = 0;
+        let fits = |id: &&Id| {
+            let known = self.chunks.lens(&ChunkId(**id));
+            bytes += known.map_or(CHUNK_LEN, |(stored, _)| u64::from(stored));
+            bytes <= SEND_BYTES
+        };
+        let first = &ids[..ids.len().min(SEND_CHUNKS)];
+        first.iter().take_while(fits).count().max(1)
+    }
+
     /// These chunks, framed; those that cannot be had are left out.
     async fn gather(&self, ids: &[Id], local: bool) -> Result<Bytes, String> {
         let ids: Vec<Id> = ids.iter().copied().filter(|id| *id != ZERO_CHUNK).collect();

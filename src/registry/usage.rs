@@ -1,6 +1,6 @@
-//! What tags weigh: the stored (compressed) bytes that one copy of them takes on this member's disk, and
-//! how many of them no other tag needs. Counted anew when tags came or went; never guessed. Also the
-//! quotas over these weights.
+//! What tags and OCI artifacts weigh: the stored (compressed) bytes that one copy of them takes on this member's
+//! disk, and how many of them nothing else needs. Counted anew when tags came or went; never guessed.
+//! `quota` says what follows from them.
 //!
 //! A chunk that a member does not hold yet weighs nothing there: then the answer says that it is not
 //! whole.
@@ -12,14 +12,16 @@ use crate::app::Consistency;
 use crate::stamp;
 use axum::extract::{Request, State};
 use http::StatusCode;
-use mainstay_agent::transfer::api::{QuotaRequest, TagUsage, TemplateUsage, Usage};
+use mainstay_agent::transfer::api::{
+    QuotaRequest, RepositoryUsage, TagUsage, TemplateUsage, Usage,
+};
 use mainstay_agent::transfer::{Id, Manifest, ZERO_CHUNK, segment_ids};
 use mainstay_model::{self as model, Command};
 use mainstay_storage::chunks::{ChunkId, ChunkStore};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-/// `GET usage`: stored bytes of all templates and their tags; `template=ID-OR-NAME`: of this one only
+/// `GET usage`: stored bytes of all templates with their tags, and of all repositories; `template=ID-OR-NAME`: of this one only
 /// (the sums are of all).
 pub(super) async fn show(State(service): Service, request: Request) -> Answer {
     let params = Params::from_query(request.uri());
@@ -28,7 +30,8 @@ pub(super) async fn show(State(service): Service, request: Request) -> Answer {
         usage
             .templates
             .retain(|t| t.id == wanted || t.name == wanted);
-        if usage.templates.is_empty() {
+        usage.repositories.retain(|r| r.name == wanted);
+        if usage.templates.is_empty() && usage.repositories.is_empty() {
             return Err(fail(StatusCode::OK, "Not found"));
         }
     }
@@ -46,23 +49,40 @@ pub(super) async fn set_quota(State(service): Service, request: Request) -> Answ
 }
 
 /// What is weighed: all that the state names, those of one template side by side.
-#[derive(Default)]
-struct Named {
+#[derive(Clone, Default)]
+pub(super) struct Named {
     /// Position of the state's journal.
     position: u64,
-    quotas: BTreeMap<String, u64>,
+    pub quotas: BTreeMap<String, u64>,
     groups: Vec<Group>,
 }
 
-/// A template, or a repository of artifacts.
+impl Named {
+    /// With this manifest or bundle, under this name.
+    pub(super) fn add(&mut self, name: &str, manifest: Id) {
+        let new = (None, manifest);
+        match self.groups.iter_mut().find(|g| g.name == name) {
+            Some(group) => group.tags.push(new),
+            None => self.groups.push(Group {
+                id: String::new(),
+                name: name.to_owned(),
+                tags: vec![new],
+            }),
+        }
+    }
+}
+
+/// A template with the artifacts in the repository of its name, or such a repository alone.
+#[derive(Clone)]
 struct Group {
     /// Empty for a repository.
     id: String,
     name: String,
-    tags: Vec<(TagUsage, Id)>,
+    /// Manifests and bundles; what is known of those that are a template's tags.
+    tags: Vec<(Option<TagUsage>, Id)>,
 }
 
-fn named(state: &model::State) -> Named {
+pub(super) fn named(state: &model::State) -> Named {
     let templates = state.templates.values().map(|template| Group {
         id: template.id.to_string(),
         name: template.name.clone(),
@@ -76,23 +96,31 @@ fn named(state: &model::State) -> Named {
                     logical_bytes: tag.content.size,
                     ..TagUsage::default()
                 };
-                (usage, tag.content.manifest.0)
+                (Some(usage), tag.content.manifest.0)
             })
             .collect(),
     });
-    let repositories = state.repositories.iter().map(|(name, repository)| Group {
-        id: String::new(),
-        name: name.clone(),
-        tags: repository
-            .artifacts
-            .values()
-            .map(|artifact| (TagUsage::default(), artifact.content.bundle.0))
-            .collect(),
-    });
+    let mut groups: Vec<Group> = templates.collect();
+    let at: HashMap<String, usize> = (0..)
+        .zip(&groups)
+        .map(|(n, g)| (g.name.clone(), n))
+        .collect();
+    for (name, repository) in &state.repositories {
+        let artifacts = repository.artifacts.values();
+        let artifacts = artifacts.map(|artifact| (None, artifact.content.bundle.0));
+        match at.get(name) {
+            Some(template) => groups[*template].tags.extend(artifacts),
+            None => groups.push(Group {
+                id: String::new(),
+                name: name.clone(),
+                tags: artifacts.collect(),
+            }),
+        }
+    }
     Named {
         position: state.owned_since(u64::MAX).0,
         quotas: state.quotas.clone(),
-        groups: templates.chain(repositories).collect(),
+        groups,
     }
 }
 
@@ -215,21 +243,32 @@ fn weigh(chunks: &ChunkStore, named: Named) -> Result<Usage, WalkError> {
         }
     }
     let mut weights = scales.tags.into_iter();
-    let mut templates = Vec::new();
+    let (mut templates, mut repositories) = (Vec::new(), Vec::new());
     for (group, (stored_bytes, unique_bytes)) in named.groups.into_iter().zip(scales.groups) {
+        let quota = named.quotas.get(&group.name).copied();
+        let artifacts = group.tags.iter().filter(|(tag, _)| tag.is_none()).count();
         let weighed = group.tags.into_iter().zip(&mut weights);
         let tags: Vec<TagUsage> = weighed
-            .map(|((tag, _), (stored_bytes, unique_bytes))| TagUsage {
-                stored_bytes,
-                unique_bytes,
-                ..tag
+            .filter_map(|((tag, _), (stored_bytes, unique_bytes))| {
+                Some(TagUsage {
+                    stored_bytes,
+                    unique_bytes,
+                    ..tag?
+                })
             })
             .collect();
         if group.id.is_empty() {
+            repositories.push(RepositoryUsage {
+                name: group.name,
+                artifacts: artifacts as u64,
+                stored_bytes,
+                unique_bytes,
+                quota,
+            });
             continue;
         }
         templates.push(TemplateUsage {
-            quota: named.quotas.get(&group.name).copied(),
+            quota,
             id: group.id,
             name: group.name,
             logical_bytes: tags.iter().map(|t| t.logical_bytes).sum(),
@@ -244,13 +283,27 @@ fn weigh(chunks: &ChunkStore, named: Named) -> Result<Usage, WalkError> {
         quota: named.quotas.get("").copied(),
         quotas: named.quotas,
         templates,
+        repositories,
     })
+}
+
+/// Stored bytes of what has this name.
+pub(super) fn own(usage: &Usage, name: &str) -> u64 {
+    let template = usage.templates.iter().find(|t| t.name == name);
+    let repository = usage.repositories.iter().find(|r| r.name == name);
+    let stored = template.map(|t| t.stored_bytes);
+    stored.or(repository.map(|r| r.stored_bytes)).unwrap_or(0)
 }
 
 impl RegistryService {
     /// The weights as of everything acknowledged before the call.
     pub(super) async fn usage(&self) -> Result<Arc<Usage>, Refused> {
         let named = self.catalog.take(Consistency::Linearizable, named).await?;
+        self.usage_of(&named).await
+    }
+
+    /// The weights of this; remembered.
+    pub(super) async fn usage_of(&self, named: &Named) -> Result<Arc<Usage>, Refused> {
         let position = named.position;
         {
             let known = self.weights.lock();
@@ -262,12 +315,12 @@ impl RegistryService {
                 return Ok(Arc::clone(usage));
             }
         }
-        let usage = Arc::new(self.weigh(named).await?);
+        let usage = Arc::new(self.weigh(named.clone()).await?);
         *self.weights.lock() = Some((position, Arc::clone(&usage)));
         Ok(usage)
     }
 
-    async fn weigh(&self, named: Named) -> Result<Usage, Refused> {
+    pub(super) async fn weigh(&self, named: Named) -> Result<Usage, Refused> {
         let unable = |e: String| fail(StatusCode::SERVICE_UNAVAILABLE, e);
         let _turn = self
             .walks
@@ -279,97 +332,5 @@ impl RegistryService {
             .await
             .map_err(|e| unable(e.to_string()))?
             .map_err(|e| unable(answer::chain(&e)))
-    }
-
-    /// Why a tag of `template` with so many bytes more may not be stored, if a quota says so.
-    pub(super) async fn over_quota(
-        &self,
-        template: &str,
-        more: u64,
-    ) -> Result<Option<String>, Refused> {
-        if !self.has_quota(template).await? {
-            return Ok(None);
-        }
-        let usage = self.usage().await?;
-        let of = usage.templates.iter().find(|t| t.name == template);
-        let own = of.map_or(0, |t| t.stored_bytes);
-        let quota = usage.quotas.get(template).copied();
-        Ok(
-            exceeds(&format!("template {template}"), quota, own, own + more).or_else(|| {
-                let stored = usage.stored_bytes;
-                exceeds("all templates", usage.quota, stored, stored + more)
-            }),
-        )
-    }
-
-    /// The same for a manifest whose chunks are here already.
-    pub(super) async fn manifest_over_quota(
-        &self,
-        template: &str,
-        manifest: Id,
-    ) -> Result<Option<String>, Refused> {
-        if !self.has_quota(template).await? {
-            return Ok(None);
-        }
-        let before = self.usage().await?;
-        let mut with = self.catalog.take(Consistency::Linearizable, named).await?;
-        let new = (TagUsage::default(), manifest);
-        match with
-            .groups
-            .iter_mut()
-            .find(|g| g.name == template && !g.id.is_empty())
-        {
-            Some(group) => group.tags.push(new),
-            None => with.groups.push(Group {
-                id: "new".to_owned(),
-                name: template.to_owned(),
-                tags: vec![new],
-            }),
-        }
-        let after = self.weigh(with).await?;
-        let own = |usage: &Usage| {
-            let of = usage.templates.iter().find(|t| t.name == template);
-            of.map_or(0, |t| t.stored_bytes)
-        };
-        let quota = after.quotas.get(template).copied();
-        let why = exceeds(
-            &format!("template {template}"),
-            quota,
-            own(&before),
-            own(&after),
-        );
-        Ok(why.or_else(|| {
-            let (was, now) = (before.stored_bytes, after.stored_bytes);
-            exceeds("all templates", after.quota, was, now)
-        }))
-    }
-
-    async fn has_quota(&self, template: &str) -> Result<bool, Refused> {
-        let any = |state: &model::State| {
-            state.quotas.contains_key("") || state.quotas.contains_key(template)
-        };
-        Ok(self.catalog.take(Consistency::Linearizable, any).await?)
-    }
-}
-
-/// What adds nothing is never refused, however small the quota has become.
-fn exceeds(of: &str, quota: Option<u64>, before: u64, after: u64) -> Option<String> {
-    let quota = quota.filter(|quota| after > *quota && after > before)?;
-    Some(format!(
-        "the quota of {of} is {quota} bytes, {before} are stored and this adds up to {}: delete tags, or raise it with `mainstay registry quota`",
-        after - before
-    ))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::exceeds;
-
-    #[test]
-    fn a_quota_refuses_growth_only() {
-        assert_eq!(exceeds("t", None, 0, u64::MAX), None);
-        assert_eq!(exceeds("t", Some(10), 5, 10), None);
-        assert!(exceeds("t", Some(10), 5, 11).is_some_and(|why| why.contains("adds up to 6")));
-        assert_eq!(exceeds("t", Some(1), 5, 5), None, "nothing new");
     }
 }

@@ -4,10 +4,10 @@
 //! | call | body | answer |
 //! | --- | --- | --- |
 //! | `POST /registry/mainstay/v1/missing` | chunk names, 32 bytes each, at most [`IDS_MAX`] | one byte per name: 1 = lacking, 0 = held |
-//! | `PUT /registry/mainstay/v1/chunks` | records | [`PutAnswer`], once all are durable; 400 for a bad record |
+//! | `PUT /registry/mainstay/v1/chunks` | records | [`PutAnswer`], once all are durable; 400 for a bad record. `?push=ID`: of this push, see [`AdmitRequest`] |
 //! | `POST /registry/mainstay/v1/chunks/get` | chunk names, at most [`IDS_MAX`] | the records in any order, each once; what no member has is absent. `?local=1`: only what this member has; `?manifest=`: see below |
 //! | `POST /registry/mainstay/v1/publish` | [`PublishRequest`] | [`TagInfo`]; 409 if this member lacks something the manifest reaches |
-//! | `GET /registry/mainstay/v1/tag?template=ID-OR-NAME` and `tag=NAME` or `number=N`, `wait=SECONDS` | | [`TagInfo`]; with `wait`, once it is visible or the time is over |
+//! | `GET /registry/mainstay/v1/tag?template=ID-OR-NAME` and `tag=NAME` or `number=N`, `wait=SECONDS`, `copies=N` | | [`TagInfo`]; with `wait`, once it is visible, and held by N members with a vote, or the time is over |
 //! | `DELETE /registry/mainstay/v1/tag?template=ID-OR-NAME` and `tag=NAME` or `number=N` | | this tag goes, and no other |
 //! | `GET /registry/mainstay/v1/replicas?template=ID-OR-NAME` and `tag=NAME` or `number=N` | | list of [`Replica`]; with `all=1` list of [`TagReplicas`], one for each tag of the template |
 //! | `POST /registry/mainstay/v1/admit` | [`AdmitRequest`] | [`Admission`]: would a push fit? `?local=1`: only what this member's disk says |
@@ -130,9 +130,9 @@ pub struct PublishRequest {
     pub manifest: String,
     /// Ports.
     pub forwards: Vec<Forward>,
-    /// Copies before it is visible.
+    /// Copies before it is visible. A tag that is visible already is waited for until so many have it.
     pub durability: Durability,
-    /// Seconds to wait for it to be visible before the answer, at most 30.
+    /// Seconds to wait for that before the answer, at most 30.
     pub wait: u32,
 }
 
@@ -156,8 +156,20 @@ pub struct TagInfo {
     pub visible: bool,
     /// Members (hex ids) that hold every byte.
     pub holders: Vec<String>,
-    /// Copies that make it visible.
+    /// Copies that make it visible; of one that is visible: copies that were asked for.
     pub copies_needed: u32,
+    /// Copies that count: those of members with a vote. A release that does not say leaves it out.
+    pub copies: Option<u32>,
+}
+
+impl TagInfo {
+    /// Visible, and as many members hold it as were asked for, as far as the registry says.
+    pub fn is_held(&self) -> bool {
+        self.visible
+            && self
+                .copies
+                .is_none_or(|copies| copies >= self.copies_needed)
+    }
 }
 
 /// One member's copy of a tag.
@@ -205,6 +217,8 @@ pub struct AdmitRequest {
     pub bytes: u64,
     /// Copies that are asked for.
     pub durability: Durability,
+    /// The push's `request_id`: room is kept for it until it publishes, or falls silent.
+    pub push: String,
 }
 
 /// Whether there is room for it.
@@ -223,7 +237,7 @@ pub struct Admission {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct QuotaRequest {
-    /// Template name; empty: all of them together.
+    /// Name of a template or OCI repository; empty: all of them together.
     pub template: String,
     /// Stored bytes of one copy; `null`: as much as there is room for.
     pub bytes: Option<u64>,
@@ -242,8 +256,26 @@ pub struct Usage {
     pub quota: Option<u64>,
     /// All quotas by template name, those of templates to come included; empty name: of all together.
     pub quotas: std::collections::BTreeMap<String, u64>,
-    /// Each template.
+    /// Each template; OCI artifacts in a repository of its name count as its own.
     pub templates: Vec<TemplateUsage>,
+    /// Each repository of OCI artifacts without a template of its name.
+    pub repositories: Vec<RepositoryUsage>,
+}
+
+/// What a repository of OCI artifacts takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RepositoryUsage {
+    /// Its name.
+    pub name: String,
+    /// Manifests in it.
+    pub artifacts: u64,
+    /// Stored bytes that some artifact of it needs.
+    pub stored_bytes: u64,
+    /// Those of them that nothing else needs: what its deletion gives back.
+    pub unique_bytes: u64,
+    /// Most that may be stored of it.
+    pub quota: Option<u64>,
 }
 
 /// What a template takes.

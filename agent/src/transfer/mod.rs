@@ -39,7 +39,7 @@ pub use manifest::{
 };
 pub use pull::{Company, pull_among, pull_file};
 pub use push::{Published, PushSpec, push_file};
-pub use source::read_records;
+pub use source::read_records_into;
 
 /// Bytes of a file chunk.
 pub const CHUNK_LEN: u64 = 64 << 10;

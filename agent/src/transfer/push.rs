@@ -44,9 +44,9 @@ pub struct PushSpec {
     pub format: Option<String>,
     /// Ports that every instance gets.
     pub forwards: Vec<Forward>,
-    /// Copies before it is visible.
+    /// Copies before it is visible; of a tag that is visible already, copies to wait for.
     pub durability: Durability,
-    /// How long to wait for it to be visible.
+    /// How long to wait for that.
     pub wait: Duration,
 }
 
@@ -84,7 +84,7 @@ pub async fn push_file(
         let request_id = uuid::Uuid::new_v4().to_string();
         match push_to(&registry, &source, spec, &request_id, progress).await {
             Ok(tag) => {
-                let waited = wait_visible(&registry, tag, until).await;
+                let waited = wait_held(&registry, tag, until).await;
                 let settled = matches!(waited, Waited::Settled(_));
                 published = Some(waited.into_tag());
                 if settled {
@@ -126,6 +126,7 @@ async fn push_to(
     request_id: &str,
     progress: &(dyn Fn(u64, u64) + Send + Sync),
 ) -> Result<TagInfo, Failure> {
+    request_id.clone_into(&mut source.push.lock());
     admitted(registry, source, spec).await?;
     source.claimed.lock().clear();
     let mut done = 0;
@@ -175,7 +176,7 @@ async fn admitted(
     let data: u64 = source.ranges.iter().map(|r| r.end - r.start).sum();
     let segments = source.size.div_ceil(CHUNK_LEN * SEGMENT_CHUNKS as u64) + 1;
     let names = data.div_ceil(CHUNK_LEN) * RECORD_BYTES + segments * (CHUNK_LEN + RECORD_BYTES);
-    let Some(why) = ask_room(registry, spec, data + names).await? else {
+    let Some(why) = ask_room(registry, source, spec, data + names).await? else {
         return Ok(());
     };
     tracing::debug!(?why, "looking how much is really lacking");
@@ -186,7 +187,7 @@ async fn admitted(
     while let Some(weight) = units.next().await {
         lacking += weight?;
     }
-    let Some((why, anywhere)) = ask_room(registry, spec, lacking).await? else {
+    let Some((why, anywhere)) = ask_room(registry, source, spec, lacking).await? else {
         return Ok(());
     };
     Err(match anywhere {
@@ -198,6 +199,7 @@ async fn admitted(
 /// Why so many bytes do not fit, and whether that is so for every member.
 async fn ask_room(
     registry: &Registry,
+    source: &Source,
     spec: &PushSpec,
     bytes: u64,
 ) -> Result<Option<(String, bool)>, Failure> {
@@ -205,6 +207,7 @@ async fn ask_room(
         template: spec.template.clone(),
         bytes,
         durability: spec.durability,
+        push: source.push(),
     };
     let mut pauses = PAUSES_MS.iter();
     loop {
@@ -310,7 +313,7 @@ async fn send(
         source
             .sent_bytes
             .fetch_add(body.len() as u64, Ordering::Relaxed);
-        let why = match registry.put(body).await {
+        let why = match registry.put(body, &source.push()).await {
             Ok(_) => return Ok(()),
             Err(CallError::Refused(why)) => return Err(TransferError::Refused(why).into()),
             Err(CallError::Passing(why) | CallError::Incomplete(why)) => why,
@@ -348,9 +351,9 @@ async fn send_names(registry: &Registry, source: &Arc<Source>) -> Result<Id, Fai
     Ok(manifest)
 }
 
-/// How the wait for visibility ended.
+/// How the wait for copies ended.
 enum Waited {
-    /// Visible, or deleted meanwhile, or out of time: the newest that is known.
+    /// Held, or deleted meanwhile, or out of time: the newest that is known.
     Settled(TagInfo),
     /// The member that took the push does not answer, and it may be the only one with the bytes.
     HolderLost(TagInfo),
@@ -364,17 +367,17 @@ impl Waited {
     }
 }
 
-/// Ask the member that took the push until the tag is visible or the time is over. If that member is
+/// Ask the member that took the push until the tag is held or the time is over. If that member is
 /// lost, the caller still has the bytes and can bring them to another one.
-async fn wait_visible(holder: &Registry, mut tag: TagInfo, until: Instant) -> Waited {
+async fn wait_held(holder: &Registry, mut tag: TagInfo, until: Instant) -> Waited {
     let mut pauses = PAUSES_MS.iter();
-    while !tag.visible {
+    while !tag.is_held() {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             break;
         }
         let step = u32::try_from(left.as_secs().clamp(1, WAIT_STEP_S)).unwrap_or(1);
-        match holder.tag(&tag.template_id, tag.number, step).await {
+        match holder.tag(&tag, step).await {
             Ok(newer) => {
                 tag = newer;
                 pauses = PAUSES_MS.iter();
@@ -404,6 +407,8 @@ struct Source {
     hashed: Mutex<Vec<Option<Arc<Vec<Id>>>>>,
     /// Chunks that some unit takes care of in this round.
     claimed: Mutex<HashSet<Id>>,
+    /// What the member that is pushed to knows this push by.
+    push: Mutex<String>,
     sent_chunks: AtomicU64,
     sent_bytes: AtomicU64,
 }
@@ -434,10 +439,15 @@ impl Source {
             modified: facts.modified()?,
             hashed: Mutex::new(vec![None; units]),
             claimed: Mutex::default(),
+            push: Mutex::default(),
             sent_chunks: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
             file,
         })
+    }
+
+    fn push(&self) -> String {
+        self.push.lock().clone()
     }
 
     fn units(&self) -> usize {

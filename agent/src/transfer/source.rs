@@ -165,25 +165,22 @@ impl Registry {
         body_of(judged(response).await?).await.map(Some)
     }
 
-    /// Store these records.
-    pub(super) async fn put(&self, body: Bytes) -> Result<PutAnswer, CallError> {
-        json(self.client.put(self.url(api::CHUNKS)).body(body)).await
+    /// Store these records, of this push.
+    pub(super) async fn put(&self, body: Bytes, push: &str) -> Result<PutAnswer, CallError> {
+        let url = format!("{}?push={push}", self.url(api::CHUNKS));
+        json(self.client.put(url).body(body)).await
     }
 
     pub(super) async fn publish(&self, request: &PublishRequest) -> Result<TagInfo, CallError> {
         json(self.client.post(self.url(api::PUBLISH)).json(request)).await
     }
 
-    /// Wait up to `wait_s` seconds for a tag to become visible.
-    pub(super) async fn tag(
-        &self,
-        template: &str,
-        number: u32,
-        wait_s: u32,
-    ) -> Result<TagInfo, CallError> {
+    /// Wait up to `wait_s` seconds for this tag to be held as it was asked for.
+    pub(super) async fn tag(&self, tag: &TagInfo, wait_s: u32) -> Result<TagInfo, CallError> {
         let query = [
-            ("template", template.to_owned()),
-            ("number", number.to_string()),
+            ("template", tag.template_id.clone()),
+            ("number", tag.number.to_string()),
+            ("copies", tag.copies_needed.to_string()),
             ("wait", wait_s.to_string()),
         ];
         let url = reqwest::Url::parse_with_params(&self.url(api::TAG), query)
@@ -267,14 +264,24 @@ async fn next_bytes(response: &mut reqwest::Response) -> Result<Option<Bytes>, S
     }
 }
 
-/// The records of an answer to [`api::CHUNKS_GET`] for `ids`, not yet verified. A record that was
-/// not asked for, or twice the same, ends it: the answer is bounded by the question.
-pub async fn read_records(
-    mut response: reqwest::Response,
+async fn read_records(
+    response: reqwest::Response,
     ids: &[Id],
 ) -> Result<Vec<WireRecord>, TransferError> {
-    let mut expected: HashSet<Id> = ids.iter().copied().collect();
     let mut records = Vec::with_capacity(ids.len());
+    read_records_into(response, ids, &mut |record| records.push(record)).await?;
+    Ok(records)
+}
+
+/// Hand on the records of an answer to [`api::CHUNKS_GET`] for `ids` as they come, not yet verified: of
+/// one that is cut off, or given up, all but its end. A record that was not asked for, or twice the same,
+/// ends it: the answer is bounded by the question.
+pub async fn read_records_into(
+    mut response: reqwest::Response,
+    ids: &[Id],
+    take: &mut (dyn FnMut(WireRecord) + Send),
+) -> Result<(), TransferError> {
+    let mut expected: HashSet<Id> = ids.iter().copied().collect();
     let mut unframer = Unframer::default();
     while let Some(bytes) = next_bytes(&mut response)
         .await
@@ -287,11 +294,10 @@ pub async fn read_records(
                     "a chunk came that was not asked for".to_owned(),
                 ));
             }
-            records.push(record);
+            take(record);
         }
     }
-    unframer.finish()?;
-    Ok(records)
+    unframer.finish()
 }
 
 /// An error with its causes: reqwest's own text hides why.

@@ -40,7 +40,7 @@ pub(super) struct PushArgs {
     /// Verified copies that make the tag visible
     #[arg(long, value_enum, default_value_t = Durability::Majority)]
     durability: Durability,
-    /// Longest wait in seconds for the tag to be visible
+    /// Longest wait in seconds for the tag to be visible, and held as --durability says
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     wait: u64,
 }
@@ -118,14 +118,20 @@ pub(super) async fn push(
     bar.finish_and_clear();
     let pushed = pushed.with_context(|| format!("cannot push {}", args.disk.display()))?;
     let tag = &pushed.tag;
-    if !tag.visible {
+    if !tag.is_held() {
         bail!(
-            "{}:{} is stored on {} of {} members that must hold it, and not visible yet{}: the members go on \
+            "{}:{} is stored on {} of {} members that must hold it, and {}{}: the members go on \
              copying it, see `mainstay template replicas {}`",
             tag.template,
             tag.tag,
-            tag.holders.len(),
+            tag.copies
+                .map_or(tag.holders.len(), |copies| copies as usize),
             tag.copies_needed,
+            if tag.visible {
+                "visible already"
+            } else {
+                "not visible yet"
+            },
             without(&registries, tag).await,
             tag.template
         );

@@ -402,14 +402,14 @@ impl RegistryService {
                     renewed?;
                     return Ok(head(&digest, &found.file));
                 }
-                self.send_blob(&digest, found, request.headers())
+                self.send_blob(&digest, found, request.headers()).await
             }
             Method::DELETE => self.delete_blob(name, &digest).await,
             _ => Err(method_not_allowed()),
         }
     }
 
-    fn send_blob(
+    async fn send_blob(
         self: &Arc<Self>,
         digest: &Sha256,
         found: Located,
@@ -430,6 +430,7 @@ impl RegistryService {
         let whole = 0..size;
         let part = range.clone().unwrap_or(whole);
         let body = serve::stream(Arc::clone(self), found.file, found.holders, part.clone());
+        let body = body.await.map_err(unavailable)?;
         let mut response = Response::new(body);
         if range.is_some() {
             *response.status_mut() = StatusCode::PARTIAL_CONTENT;

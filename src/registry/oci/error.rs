@@ -119,6 +119,11 @@ pub(super) fn too_many(message: &'static str, seconds: u64) -> OciError {
         .header(header::RETRY_AFTER, seconds.into())
 }
 
+/// Understood, and not allowed.
+pub(super) fn denied(why: String) -> OciError {
+    OciError::new(StatusCode::FORBIDDEN, "DENIED", why)
+}
+
 pub(super) fn full(why: String) -> OciError {
     OciError::new(StatusCode::INSUFFICIENT_STORAGE, "DENIED", why)
 }
@@ -136,6 +141,7 @@ impl From<AppError> for OciError {
                     "template tag {tag} has other content: choose another name or delete it"
                 )),
                 Refusal::Limit(text) | Refusal::Conflict(text) => conflict(text),
+                Refusal::Stale => unavailable("others push at the same time: try again"),
                 other => conflict(format!("{other:?}")),
             },
             AppError::Group(GroupError::Refused(why)) => {
@@ -155,6 +161,9 @@ impl From<StorageError> for OciError {
     fn from(error: StorageError) -> Self {
         let why = answer::chain(&error);
         tracing::error!(why, "the OCI interface could not store or read");
-        full(why)
+        match error {
+            StorageError::Unavailable { .. } => unavailable(why),
+            _ => full(why),
+        }
     }
 }

@@ -243,7 +243,8 @@ impl Ingest {
             .get_or_insert_with(|| service.leases.begin(service.collect.grace));
         let service = Arc::clone(service);
         self.work = Place::Running(tokio::spawn(async move {
-            (service.room)().map_err(Failure::Full)?;
+            let room = service.room_for(batch.len() as u64).await;
+            let _room = room.map_err(Failure::Full)?;
             let turn = service.writers.acquire().await;
             let _turn = turn.map_err(|_| Failure::Stopping)?;
             let chunks = service.chunks.clone();

@@ -62,6 +62,7 @@ impl RegistryService {
         name: &str,
         digest: &Sha256,
     ) -> Result<Option<Located>, OciError> {
+        let mut unread = None;
         if let Some(entry) = self.names.get(name, &digest.0) {
             match self.described(entry.chunk.0, &[], digest).await {
                 Ok(file) => {
@@ -71,16 +72,33 @@ impl RegistryService {
                         origin: Origin::Here(entry),
                     }));
                 }
-                Err(why) => {
+                Err(why) if self.is_lost(entry.chunk.0).await => {
                     tracing::warn!(why, %digest, "a blob's description is lost; the blob is not known any more");
                     self.forget_here(name, digest).await?;
                 }
+                Err(why) => unread = Some(why),
             }
         }
         if let Some(found) = self.locate_named(name, digest).await? {
             return Ok(Some(found));
         }
-        Ok(self.locate_there(name, digest).await)
+        if let Some(why) = unread {
+            // It was acknowledged: who cannot look does not say that it is not there.
+            let text = format!("the blob is here, and cannot be read now: {why}");
+            return Err(super::error::unavailable(text));
+        }
+        self.locate_there(name, digest).await
+    }
+
+    /// Is it certain that this member has not got it, nor its bucket? Not while a disk or the bucket does
+    /// not answer.
+    async fn is_lost(&self, id: Id) -> bool {
+        if self.chunks.shared() {
+            return matches!(self.see_shared(vec![id]).await, Ok(lacking) if !lacking.is_empty());
+        }
+        let chunks = self.chunks.clone();
+        let got = tokio::task::spawn_blocking(move || walk::get(&chunks, &id)).await;
+        matches!(got, Ok(Ok(None)))
     }
 
     async fn locate_named(
@@ -111,7 +129,11 @@ impl RegistryService {
         }))
     }
 
-    async fn locate_there(self: &Arc<Self>, name: &str, digest: &Sha256) -> Option<Located> {
+    async fn locate_there(
+        self: &Arc<Self>,
+        name: &str,
+        digest: &Sha256,
+    ) -> Result<Option<Located>, OciError> {
         let path = path(name, digest);
         let asked = self.sources(&[], 0).into_iter().map(|member| {
             let request = self.peers.request(reqwest::Method::GET, member, &path);
@@ -125,21 +147,29 @@ impl RegistryService {
         let told = futures::future::join_all(asked).await;
         let told: Vec<(MemberId, Id)> = told.into_iter().flatten().collect();
         let holders: Vec<MemberId> = told.iter().map(|(member, _)| *member).collect();
+        let mut unread = None;
         for (member, chunk) in told {
             match self.described(chunk, &holders, digest).await {
                 Ok(file) => {
-                    return Some(Located {
+                    return Ok(Some(Located {
                         file,
                         holders,
                         origin: Origin::There,
-                    });
+                    }));
                 }
                 Err(why) => {
-                    tracing::warn!(%member, why, "a member knows a blob that cannot be read")
+                    tracing::warn!(%member, why, "a member knows a blob that cannot be read");
+                    // Bytes that nobody can send are not there; a bucket that does not answer has them.
+                    if self.chunks.shared() && !self.is_lost(chunk).await {
+                        unread = Some(why);
+                    }
                 }
             }
         }
-        None
+        unread.map_or(Ok(None), |why| {
+            let text = format!("another member has the blob, and it cannot be read now: {why}");
+            Err(super::error::unavailable(text))
+        })
     }
 
     /// The file of this blob in a description or bundle.

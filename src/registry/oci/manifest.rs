@@ -3,7 +3,7 @@
 
 use super::document::{Document, MANIFEST_MAX, lacks};
 use super::error::{
-    OciAnswer, OciError, bad_digest, bad_manifest, full, method_not_allowed, no_manifest,
+    OciAnswer, OciError, bad_digest, bad_manifest, denied, full, method_not_allowed, no_manifest,
     no_repository, too_many, unavailable,
 };
 use super::ingest::Ingest;
@@ -13,6 +13,7 @@ use super::template::{self, Derived};
 use super::{CONTENT_DIGEST, STILL_MAX, document, file_of, serve, value};
 use crate::app::{AppError, Consistency};
 use crate::registry::catalog::voters;
+use crate::registry::quota::NotAdded;
 use crate::registry::roots::Lease;
 use crate::registry::{RegistryService, answer, replicate};
 use crate::stamp;
@@ -23,7 +24,7 @@ use futures::StreamExt;
 use http::{HeaderName, Method, StatusCode, header};
 use mainstay_agent::transfer::{FileEntry, Manifest};
 use mainstay_model::artifact::{Artifact, ArtifactContent, Blob};
-use mainstay_model::command::{ArtifactPut, ArtifactTemplate, TagSelector};
+use mainstay_model::command::{Addition, ArtifactPut, ArtifactTemplate, TagSelector};
 use mainstay_model::ids::{Digest, Sha256};
 use mainstay_model::{Command, State, TemplateId, limits};
 use std::sync::Arc;
@@ -116,6 +117,9 @@ impl RegistryService {
             Err(unknown) if unknown.is_unknown() => {
                 let derived = self.find_template(name, reference).await?;
                 let derived = derived.ok_or(unknown)?;
+                if !head {
+                    self.note_pull(name, &derived.tag).await?;
+                }
                 let size = derived.bytes.len() as u64;
                 let body = if head { Vec::new() } else { derived.bytes };
                 return Ok(shown_as(
@@ -131,12 +135,28 @@ impl RegistryService {
         let body = match head {
             true => Body::empty(),
             false => {
+                for tag in &artifact.template_tags {
+                    self.pulls.note(tag.clone());
+                }
                 let bytes = self.manifest_bytes(&artifact).await;
                 Body::from(bytes.map_err(unavailable)?)
             }
         };
         let (kind, size) = (&content.media_type, content.size);
         Ok(shown_as(kind, size, &content.digest, body))
+    }
+
+    /// A template's tag is pulled by its OCI manifest.
+    async fn note_pull(&self, name: &str, tag: &str) -> Result<(), OciError> {
+        let find = |state: &State| {
+            let template = template::named(state, name)?;
+            let number = template.tag(tag)?.number;
+            Some((template.id.clone(), number))
+        };
+        if let Some(tag) = self.catalog.take(Consistency::Stale, find).await? {
+            self.pulls.note(tag);
+        }
+        Ok(())
     }
 
     /// The OCI manifest's own bytes.
@@ -342,12 +362,17 @@ impl RegistryService {
             copies_needed: count / 2 + 1,
             voters,
         };
-        let command = Command::PutArtifact { put: Box::new(put) };
-        let outcome = self.catalog.submit(stamp::command_id(), command).await;
-        if matches!(outcome, Ok(_) | Err(AppError::Refused(_))) {
+        let named = (name, put.content.bundle.0);
+        let what = Addition::Artifact(Box::new(put));
+        let outcome = self.add(stamp::command_id(), named, what).await;
+        if !matches!(outcome, Err(NotAdded::App(AppError::Group(_)))) {
             lease.settled();
         }
-        outcome?;
+        outcome.map_err(|error| match error {
+            NotAdded::Over(why) => denied(why),
+            NotAdded::Unweighed(refused) => unavailable(refused.message()),
+            NotAdded::App(error) => error.into(),
+        })?;
         self.wait_shown(name, &digest, tags).await
     }
 

@@ -1,6 +1,7 @@
 //! A file's bytes out of its chunks, from any place to any other. What this member lacks comes from
 //! others on the way, verified and kept; nothing leaves that does not hash to its name.
 
+use crate::registry::transfer::TAKE_MAX;
 use crate::registry::{RegistryService, answer, walk};
 use axum::body::{Body, Bytes};
 use mainstay_agent::transfer::{
@@ -39,46 +40,53 @@ pub(super) fn range(text: &str, size: u64) -> Option<Result<Range<u64>, ()>> {
     Some(if range.is_empty() { Err(()) } else { Ok(range) })
 }
 
-/// Bytes `range` of `file` as a body. An error cuts it off.
-pub(super) fn stream(
+/// Bytes `range` of `file` as a body. An error before the first of them is told; a later one cuts it off.
+pub(super) async fn stream(
     service: Arc<RegistryService>,
     file: FileEntry,
     holders: Vec<MemberId>,
     range: Range<u64>,
-) -> Body {
+) -> Result<Body, String> {
+    let mut reader = Reader {
+        service,
+        file,
+        holders,
+        segment: None,
+    };
+    let mut pieces = match range.is_empty() {
+        true => Vec::new(),
+        false => reader.read(range.clone()).await?,
+    };
     let (sender, receiver) = mpsc::channel::<std::io::Result<Bytes>>(2);
     tokio::spawn(async move {
-        let mut reader = Reader {
-            service,
-            file,
-            holders,
-            segment: None,
-        };
         let mut at = range.start;
-        while at < range.end {
-            let piece = reader.read(at..range.end).await.map_err(|why| {
-                tracing::error!(why, blob = reader.file.name, "could not read a blob");
-                std::io::Error::other(why)
-            });
-            let failed = piece.is_err();
-            for bytes in match piece {
-                Ok(pieces) => pieces.into_iter().map(Ok).collect(),
-                Err(e) => vec![Err(e)],
-            } {
-                at += bytes.as_ref().map_or(0, |b| b.len() as u64);
-                if sender.send(bytes).await.is_err() {
+        loop {
+            for bytes in pieces {
+                at += bytes.len() as u64;
+                // A client that takes nothing keeps what is ready for it in memory.
+                let sent = tokio::time::timeout(TAKE_MAX, sender.send(Ok(bytes))).await;
+                if !matches!(sent, Ok(Ok(()))) {
                     return;
                 }
             }
-            if failed {
+            if at >= range.end {
                 return;
             }
+            pieces = match reader.read(at..range.end).await {
+                Ok(pieces) => pieces,
+                Err(why) => {
+                    tracing::error!(why, blob = reader.file.name, "could not read a blob");
+                    // Nobody to tell it to: whoever asked has gone.
+                    let _ = sender.send(Err(std::io::Error::other(why))).await;
+                    return;
+                }
+            };
         }
     });
     let stream = futures::stream::unfold(receiver, |mut receiver| async move {
         receiver.recv().await.map(|piece| (piece, receiver))
     });
-    Body::from_stream(stream)
+    Ok(Body::from_stream(stream))
 }
 
 /// All of a small file.

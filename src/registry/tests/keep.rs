@@ -198,10 +198,7 @@ async fn a_quota_refuses_growth_before_and_after_bytes_are_sent() {
     let told = push(&[&member.url], &image, &spec("c", "v1", Durability::One))
         .await
         .unwrap_err();
-    assert!(
-        told.to_string().contains("the quota of template c"),
-        "{told}"
-    );
+    assert!(told.to_string().contains("the quota of c is"), "{told}");
     assert_eq!(chunks(), before);
     let pushed = push(&[&member.url], &image, &spec("d", "v1", Durability::One))
         .await
@@ -217,7 +214,7 @@ async fn a_quota_refuses_growth_before_and_after_bytes_are_sent() {
         answer["message"]
             .as_str()
             .unwrap()
-            .contains("quota of template c")
+            .contains("the quota of c is")
     );
     quota("c", None).await;
     assert_eq!(call("POST", &url, &publish).await.1["status"], json!("OK"));
@@ -233,6 +230,150 @@ async fn a_quota_refuses_growth_before_and_after_bytes_are_sent() {
     ] {
         assert_eq!(call("PUT", &url, &bad).await.0, 400, "{bad}");
     }
+}
+
+/// Room on the disk is promised once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pushes_at_the_same_time_are_not_promised_the_same_room() {
+    use mainstay_agent::transfer::WireRecord;
+    use mainstay_agent::transfer::api::ADMIT;
+    let cluster = cluster_by_hand(1);
+    let member = cluster.serve(1, true).await;
+    let left = |bytes: u64| cluster.shared.left.lock().insert(1, bytes);
+    let admit = async |push: &str, bytes: u64| {
+        let asked = json!({"template": "t", "bytes": bytes, "push": push});
+        let (_, answer) = call("POST", &format!("{}{ADMIT}", member.url), &asked).await;
+        let why = answer["body"]["why"].as_str().unwrap().to_owned();
+        (answer["body"]["fits"] == json!(true), why)
+    };
+    left(30 << 20);
+    assert!(admit("one", 20 << 20).await.0);
+    let (fits, why) = admit("two", 20 << 20).await;
+    assert!(
+        !fits && why.contains("20 MiB of them for pushes under way"),
+        "{why}"
+    );
+    assert!(admit("one", 30 << 20).await.0, "its own room");
+    assert!(!admit("two", 1 << 20).await.0);
+    // What has come of it is on the disk.
+    let record = WireRecord::encode(&noise(1, 130_000)[70_000..]);
+    let put = client().put(format!("{}{CHUNKS}?push=one", member.url));
+    let put = put.body(WireRecord::frame_all([&record]));
+    assert_eq!(put.send().await.unwrap().status(), 200);
+    assert!(admit("two", 10_000).await.0);
+
+    // A push that has ended, well or not, keeps nothing.
+    let reserved = &member.service.reserved;
+    reserved.end("one");
+    reserved.end("two");
+    left(40 << 20);
+    let image = cluster.file("image");
+    write_image(&image, 31);
+    let pushed = push(&[&member.url], &image, &spec("t", "v1", Durability::All)).await;
+    pushed.unwrap();
+    assert_eq!(reserved.take("", 40 << 20, 40 << 20), Ok(()));
+}
+
+/// However many push at once, through whichever members: together they keep to the quota.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_quota_holds_for_pushes_at_the_same_time() {
+    const PUSHES: usize = 9;
+    let cluster = Cluster::of_artifacts(3).await;
+    let members = cluster.serve_all().await;
+    let image = cluster.file("image");
+    let mut manifests = Vec::new();
+    for n in 0..PUSHES {
+        std::fs::write(&image, noise(100 + n as u64, 1 << 20)).unwrap();
+        let spec = spec("d", &format!("v{n}"), Durability::All);
+        let pushed = push(&[&members[0].url], &image, &spec).await.unwrap();
+        manifests.push(pushed.tag.manifest);
+    }
+    let weighed = usage(&members[1]).await;
+    assert!(weighed.whole);
+    let one = weighed.templates[0].tags[0].stored_bytes;
+    let asked = json!({"template": "q", "bytes": one * 5 / 2});
+    let set = call("PUT", &format!("{}{QUOTA}", members[0].url), &asked).await;
+    assert_eq!(set.0, 200);
+    let pushes = manifests.iter().enumerate().map(|(n, manifest)| {
+        let url = format!("{}{PUBLISH}", members[n % 3].url);
+        let body = json!({
+            "template": "q", "tag": format!("v{n}"), "manifest": manifest, "durability": "one",
+        });
+        async move { call("POST", &url, &body).await }
+    });
+    let answers = futures::future::join_all(pushes).await;
+    let taken = answers
+        .iter()
+        .filter(|(_, a)| a["status"] == json!("OK"))
+        .count();
+    assert_eq!(taken, 2, "{answers:?}");
+    for (code, answer) in &answers {
+        let message = answer["message"].as_str().unwrap();
+        let over = message.contains("the quota of q is");
+        assert!(
+            *code == 200 && (over || answer["status"] == json!("OK")),
+            "{answer}"
+        );
+    }
+}
+
+/// OCI clients are held by the same quotas, and pull tags like anybody else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn quotas_and_pulls_count_oci_clients_as_well() {
+    use super::oci::{digest, get, post_blob, put_image};
+    let cluster = Cluster::of_artifacts(1).await;
+    let member = cluster.serve(1, true).await;
+    let quota = async |name: &str, bytes: Option<u64>| {
+        let url = format!("{}{QUOTA}", member.url);
+        let asked = json!({"template": name, "bytes": bytes});
+        assert_eq!(call("PUT", &url, &asked).await.0, 200);
+    };
+    let image = async |name: &str, seed: u64| {
+        let layer = noise(seed, 2 << 20);
+        let posted = post_blob(&member, name, &layer, &digest(&layer)).await;
+        assert_eq!(posted, 201, "a blob is nothing yet");
+        put_image(&member, name, &layer).await
+    };
+    assert_eq!(image("a", 1).await.0, 201);
+    let weighed = usage(&member).await;
+    let a = &weighed.repositories[0];
+    assert_eq!((a.name.as_str(), a.artifacts, a.quota), ("a", 1, None));
+    assert_eq!(a.stored_bytes, weighed.stored_bytes);
+    let enough = a.stored_bytes + 1000;
+    for (name, all) in [("a", "the quota of a is"), ("", "the quota of all")] {
+        quota(name, Some(enough)).await;
+        let (code, text) = image("a", 2).await;
+        assert_eq!(code, 403, "{text}");
+        assert!(text.contains("DENIED") && text.contains(all), "{text}");
+        assert_eq!(image("a", 1).await.0, 201, "it adds nothing");
+        let other = if name.is_empty() { 403 } else { 201 };
+        let (code, text) = image("b", 3).await;
+        assert_eq!(code, other, "{text}");
+        if code == 201 {
+            let path = format!("{}/v2/b/manifests/v1", member.url);
+            let found = client().get(&path).send().await.unwrap();
+            let digest = found.headers()["docker-content-digest"].to_str().unwrap();
+            let gone = path.replace("v1", digest);
+            client().delete(gone).send().await.unwrap();
+        }
+        quota(name, None).await;
+    }
+    assert_eq!(image("a", 2).await.0, 201);
+
+    // A template's tag, pulled by its OCI manifest.
+    let file = cluster.file("image");
+    std::fs::write(&file, noise(9, 100_000)).unwrap();
+    let spec = spec("ci", "v1", Durability::One);
+    let pushed = push(&[&member.url], &file, &spec).await.unwrap();
+    assert_eq!(get(&member, "/v2/ci/manifests/v1").await.0, 200);
+    let key = (
+        mainstay_model::TemplateId::from(pushed.tag.template_id),
+        pushed.tag.number,
+    );
+    eventually("the pull is known", || {
+        cluster.shared.state.lock().pulls.contains_key(&key)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

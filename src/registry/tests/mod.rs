@@ -2,6 +2,7 @@
 //! consensus around it is one lock.
 
 mod bad;
+mod bucket;
 mod collect;
 mod dialect;
 mod keep;
@@ -121,6 +122,8 @@ struct Cluster {
     shared: Arc<Shared>,
     dir: tempfile::TempDir,
     upkeep: Upkeep,
+    /// Where all members have their chunks; `None`: each on its disk.
+    bucket: Option<Arc<bucket::MemoryBucket>>,
     /// Seconds by which the chunk stores' clocks are ahead.
     hand: Arc<AtomicU64>,
 }
@@ -153,6 +156,7 @@ impl Cluster {
             shared: Arc::new(shared),
             dir: tempfile::tempdir().unwrap(),
             upkeep: Upkeep::default(),
+            bucket: None,
             hand: Arc::default(),
         }
     }
@@ -175,7 +179,11 @@ impl Cluster {
             }),
             ..ChunkOptions::default()
         };
-        let chunks = ChunkStore::open_with(&self.chunk_dir(id), options).unwrap();
+        let dir = self.chunk_dir(id);
+        let chunks = match &self.bucket {
+            Some(bucket) => bucket.open(&dir, id),
+            None => ChunkStore::open_with(&dir, options).unwrap(),
+        };
         let names = BlobNames::open(&self.dir.path().join(format!("blobs-{id}"))).unwrap();
         let catalog = Arc::new(Fake(Arc::clone(&self.shared)));
         let peers = Arc::new(FakePeers {

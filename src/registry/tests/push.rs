@@ -84,6 +84,39 @@ async fn what_another_member_holds_is_not_sent_again() {
     assert_eq!(one.stats().chunks, two.stats().chunks);
 }
 
+/// Copies that are asked for later are waited for, and who waits in vain is told so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_copies_of_a_tag_that_is_visible_already_are_waited_for() {
+    let cluster = Cluster::new(3);
+    let members = [cluster.serve(1, true).await, cluster.serve(2, true).await];
+    let image = cluster.file("image");
+    write_image(&image, 13);
+    let majority = spec("t", "v1", Durability::Majority);
+    let first = push(&[&members[0].url], &image, &majority).await.unwrap();
+    assert!(first.tag.is_held());
+    eventually("two hold it", || cluster.holders("t") == 2).await;
+
+    let all = |wait| PushSpec {
+        wait,
+        ..spec("t", "v1", Durability::All)
+    };
+    let short = all(Duration::from_secs(1));
+    let again = push(&[&members[0].url], &image, &short).await.unwrap();
+    assert!(again.tag.visible && !again.tag.is_held(), "{:?}", again.tag);
+    assert_eq!((again.tag.copies, again.tag.copies_needed), (Some(2), 3));
+
+    let (url, path, long) = (
+        members[0].url.clone(),
+        image.clone(),
+        all(Duration::from_secs(30)),
+    );
+    let waits = tokio::spawn(async move { push(&[&url], &path, &long).await.unwrap() });
+    let _third = cluster.serve(3, true).await;
+    let held = waits.await.unwrap();
+    assert!(held.tag.is_held(), "{:?}", held.tag);
+    assert_eq!(held.tag.copies, Some(3));
+}
+
 /// A member that hangs is asked once, and then left alone for a while.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_push_does_not_wait_for_a_member_that_hangs() {

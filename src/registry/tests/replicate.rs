@@ -234,25 +234,24 @@ async fn replication_looks_at_what_changed_and_at_nothing_else() {
         push(&[&member.url], &image, &spec).await.unwrap();
     }
     let figures = || member.service.figures().replication;
-    eventually("all were looked at", || figures().looked_at >= 30).await;
-    let mut before = figures();
-    loop {
-        // Two looks without anything to look at: it has come to rest.
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        let now = figures();
-        if now == before {
-            break;
-        }
-        before = now;
-    }
     let catalog = Fake(Arc::clone(&cluster.shared));
-    for _ in 0..20 {
-        let noop = catalog.submit(crate::stamp::command_id(), Command::Noop);
-        noop.await.unwrap();
-        // As often as it looks at all.
-        tokio::time::sleep(Duration::from_millis(25)).await;
-    }
-    assert_eq!(figures(), before, "nothing of its own changed");
+    // Each look is behind a command of its own: once so many have passed, all before them was seen.
+    let looks_behind = async |count: u64| {
+        for _ in 0..count {
+            let looks = figures().looks;
+            let noop = catalog.submit(crate::stamp::command_id(), Command::Noop);
+            noop.await.unwrap();
+            eventually("it looked", || figures().looks > looks).await;
+        }
+    };
+    looks_behind(2).await;
+    let before = figures();
+    assert!(before.looked_at >= 30, "{before:?}");
+    looks_behind(20).await;
+    let rested = figures();
+    assert!(rested.looks >= before.looks + 20);
+    let seen = |f: ReplicationFigures| (f.looked_at, f.whole_looks, f.lacking);
+    assert_eq!(seen(rested), seen(before), "nothing of its own changed");
     let next = spec("t", "next", Durability::All);
     push(&[&member.url], &image, &next).await.unwrap();
     eventually("the new one was looked at", || {
@@ -276,6 +275,92 @@ async fn replication_looks_at_what_changed_and_at_nothing_else() {
     })
     .await;
     assert!(figures().looked_at >= after.looked_at + 31);
+}
+
+/// A way to `target` on which each connection brings back no more than so many bytes a second.
+async fn slow_line(target: &str, rate: usize) -> (String, JoinHandle<()>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let target = target.trim_start_matches("http://").to_owned();
+    let serve = async move {
+        while let Ok((inbound, _)) = listener.accept().await {
+            let outbound = TcpStream::connect(&target).await.unwrap();
+            tokio::spawn(async move {
+                let (mut from_client, mut to_client) = inbound.into_split();
+                let (mut from_server, mut to_server) = outbound.into_split();
+                let up = tokio::io::copy(&mut from_client, &mut to_server);
+                let down = async {
+                    let mut buffer = vec![0; rate / 10];
+                    while let Ok(n @ 1..) = from_server.read(&mut buffer).await {
+                        if to_client.write_all(&buffer[..n]).await.is_err() {
+                            break;
+                        }
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                };
+                tokio::select! { _ = up => (), () = down => () }
+            });
+        }
+    };
+    (url, tokio::spawn(serve))
+}
+
+/// One of two holders is a hundred times slower: the other one sends what it has not sent. What only the
+/// slow one has still comes from it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_source_loses_its_turns_to_a_faster_one() {
+    let cluster = Cluster::new(3);
+    let (one, two) = (cluster.serve(1, false).await, cluster.serve(2, false).await);
+    let image = cluster.file("image");
+    let mut bytes = noise(5, 48 << 20);
+    bytes.retain(|b| *b != 0);
+    std::fs::write(&image, &bytes).unwrap();
+    for member in [&one, &two] {
+        let spec = spec("t", "v1", Durability::One);
+        push(&[&member.url], &image, &spec).await.unwrap();
+    }
+    assert_eq!(cluster.holders("t"), 2);
+    let direct = cluster.shared.urls.lock()[&MemberId(2)].clone();
+    let (slow, line) = slow_line(&direct, 128 << 10).await;
+    cluster.shared.urls.lock().insert(MemberId(2), slow);
+    let third = cluster.serve(3, true).await;
+    // Alone, the slow line would take minutes for its half.
+    eventually("the third has it", || cluster.holders("t") == 3).await;
+    let fetched = third.service.figures().replication.fetched_bytes;
+    assert!(fetched < bytes.len() as u64 * 11 / 10, "{fetched}");
+
+    std::fs::write(&image, noise(6, 400_000)).unwrap();
+    let spec = spec("only", "v1", Durability::One);
+    push(&[&two.url], &image, &spec).await.unwrap();
+    eventually("from the slow one", || cluster.holders("only") == 2).await;
+    line.abort();
+}
+
+/// What somebody waits for does not wait for what a member that was away catches up with.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_push_is_copied_beside_the_long_ones() {
+    let cluster = Cluster::new(2);
+    let one = cluster.serve(1, false).await;
+    let image = cluster.file("image");
+    for n in 1..=3 {
+        std::fs::write(&image, noise(n, 12 << 20)).unwrap();
+        let spec = spec("a", &format!("v{n}"), Durability::One);
+        push(&[&one.url], &image, &spec).await.unwrap();
+    }
+    let direct = cluster.shared.urls.lock()[&MemberId(1)].clone();
+    let (slow, line) = slow_line(&direct, 64 << 10).await;
+    cluster.shared.urls.lock().insert(MemberId(1), slow);
+    let two = cluster.serve(2, true).await;
+    eventually("it copies", || {
+        two.service.figures().replication.lacking == 3 && !two.service.progress.is_empty()
+    })
+    .await;
+    std::fs::write(&image, noise(9, 100_000)).unwrap();
+    let pushed = push(&[&one.url], &image, &spec("z", "v1", Durability::All)).await;
+    assert!(pushed.unwrap().tag.is_held());
+    assert_eq!(cluster.holders("a"), 1, "the long ones still go on");
+    line.abort();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
