@@ -86,6 +86,9 @@ pub struct DesiredInstance {
     /// With `run`: whatever is there (also nothing) stays as it is and is reported, `gone` if there
     /// is nothing. Nothing is begun; a start that is under way is broken off.
     pub keep: bool,
+    /// With `run`: the VM that is there is ended and started again on its disk, once at this generation.
+    /// `keep` is set as well, for agents that know no `restart`.
+    pub restart: bool,
     /// From what.
     pub image: ImageRef,
     /// VM name.

@@ -255,6 +255,12 @@ pub enum Command {
         /// What is added.
         what: Addition,
     },
+    /// End the VM of a started or stopped instance at once and start it again on its disk, on its node.
+    /// Idempotent while that is under way.
+    RestartInstance {
+        /// Which.
+        id: InstanceId,
+    },
 }
 
 /// A tag or an artifact.

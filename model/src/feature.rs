@@ -13,7 +13,7 @@
 //! | 7 | `DescribeTag`, `NotePulls`, `SetQuota` |
 //! | 8 | what all repositories say together has a bound, and a manifest one media type |
 //! | 9 | a binding holds only if the node is one that the request allows still; who waits for a group that is no more fails; an agent is told to keep what it said has failed or stopped |
-//! | 10 | `AddWithin`: quotas hold however many push at once |
+//! | 10 | `AddWithin`: quotas hold however many push at once; `RestartInstance` |
 
 use crate::command::Command;
 
@@ -41,6 +41,8 @@ pub const GROUPS_KEPT: u32 = 9;
 pub const TOLD_TO_KEEP: u32 = 9;
 /// At which what is weighed against quotas may be added under the condition that nothing else came.
 pub const ADD_WITHIN: u32 = 10;
+/// At which instances may be restarted.
+pub const RESTART: u32 = 10;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it
@@ -54,6 +56,7 @@ impl Command {
             | Self::DeleteArtifactTag { .. } => ARTIFACTS,
             Self::DescribeTag { .. } | Self::NotePulls { .. } | Self::SetQuota { .. } => TAG_NOTES,
             Self::AddWithin { .. } => ADD_WITHIN,
+            Self::RestartInstance { .. } => RESTART,
             _ => 0,
         }
     }

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 /// The reference system's states, spelt as on the wire.
 ///
 /// ```text
-/// Scheduling -> Pulling -> Started -> Stopping -> Stopped
-///      \___________\_________\____________\________\___ Error
+/// Scheduling -> Pulling -> Started <-> Stopping (restart) <-> Stopped
+///      \___________\_________\____________\__________________\___ Error
 ///                 any live state -> Terminating -> Terminated -> (forgotten)
 /// ```
 /// An instance that never had a VM goes from Terminating straight to forgotten.
@@ -22,7 +22,7 @@ pub enum InstanceState {
     Pulling,
     /// The VM runs; with script monitoring, the script ended with 0.
     Started,
-    /// Being stopped.
+    /// Being restarted: its VM is ended and started again on its disk.
     Stopping,
     /// VM exists, does not run.
     Stopped,
@@ -191,6 +191,8 @@ pub enum Wanted {
     Run,
     /// Leave whatever is there as it is (`Error`, `Stopped`): its user may still want to look.
     Keep,
+    /// End the VM and start it again on its disk, once at this generation.
+    Restart,
     /// Destroy it and report `Gone`.
     Gone,
 }
@@ -221,8 +223,9 @@ impl Instance {
     }
     /// What its node shall do.
     pub fn wanted(&self) -> Wanted {
-        use InstanceState::{Pulling, Scheduling, Started, Terminated, Terminating};
+        use InstanceState::{Pulling, Scheduling, Started, Stopping, Terminated, Terminating};
         match self.state {
+            Stopping => Wanted::Restart,
             Scheduling | Pulling | Started => Wanted::Run,
             Terminating | Terminated => Wanted::Gone,
             _ => Wanted::Keep,

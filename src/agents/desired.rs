@@ -29,10 +29,13 @@ fn wish(state: &State, node: &Node, shall: &Shall<'_>) -> wire::DesiredInstance 
         id: shall.id.to_string(),
         generation: shall.generation,
         run: shall.wanted != Wanted::Gone,
-        keep: shall.wanted == Wanted::Keep,
+        // An agent that knows no restart leaves the VM alone: any other word would cost its disk.
+        keep: matches!(shall.wanted, Wanted::Keep | Wanted::Restart),
+        restart: shall.wanted == Wanted::Restart,
         ..wire::DesiredInstance::default()
     };
-    let Some(instance) = shall.instance.filter(|_| shall.wanted == Wanted::Run) else {
+    let named = matches!(shall.wanted, Wanted::Run | Wanted::Restart);
+    let Some(instance) = shall.instance.filter(|_| named) else {
         return wish;
     };
     let request = &instance.request;

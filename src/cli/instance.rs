@@ -1,4 +1,4 @@
-//! `mainstay instance`: start, list, show and terminate instances over the REST dialect. Knows the
+//! `mainstay instance`: start, list, show, restart and terminate instances over the REST dialect. Knows the
 //! dialect's members by name; refuses to interpret states beyond waiting for one.
 
 use super::client::{ApiClient, query};
@@ -16,7 +16,7 @@ use time::format_description::well_known::Rfc3339;
 /// Time between two looks at an instance that is waited for.
 const POLL: Duration = Duration::from_millis(500);
 
-/// Start, list, show and terminate instances.
+/// Start, list, show, restart and terminate instances.
 #[derive(Args, Debug)]
 pub struct InstanceArgs {
     #[command(subcommand)]
@@ -33,6 +33,14 @@ enum InstanceCommand {
     Show {
         /// Instance id
         id: String,
+    },
+    /// End instances' VMs at once and start them again on their disks
+    Restart {
+        /// Instance ids
+        #[arg(required = true)]
+        ids: Vec<String>,
+        #[command(flatten)]
+        wait: WaitArgs,
     },
     /// End instances and delete their VMs
     Terminate {
@@ -114,6 +122,7 @@ pub async fn run(args: InstanceArgs, endpoints: &[String], output: Output) -> an
             let instance = get(&client, &id).await?;
             Ok(table::emit(output, &instance, details)?)
         }
+        InstanceCommand::Restart { ids, wait } => restart(&client, &ids, &wait, output).await,
         InstanceCommand::Terminate { ids, wait } => terminate(&client, &ids, &wait, output).await,
     }
 }
@@ -201,6 +210,24 @@ async fn list(client: &ApiClient, output: Output) -> anyhow::Result<()> {
     };
     let inner = all.iter().map(|wrapper| &wrapper["vm"]);
     Ok(table::emit(output, &all, |_| instances(inner, &names))?)
+}
+
+async fn restart(
+    client: &ApiClient,
+    ids: &[String],
+    wait: &WaitArgs,
+    output: Output,
+) -> anyhow::Result<()> {
+    for id in ids {
+        let () = client
+            .post("/api/v1/rpc/vm/restart", &json!({ "instance_id": id }))
+            .await
+            .with_context(|| format!("instance {id}"))?;
+    }
+    if wait.wait {
+        wait_for(client, ids, wait, "Started").await?;
+    }
+    Ok(table::emit(output, &ids, |ids| id_table(ids))?)
 }
 
 async fn terminate(

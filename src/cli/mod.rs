@@ -66,7 +66,7 @@ enum Verb {
     Member(member::MemberArgs),
     /// Join as a node; list, show, drain and remove nodes
     Node(node::NodeArgs),
-    /// Start, list, show and terminate instances
+    /// Start, list, show, restart and terminate instances
     Instance(Box<instance::InstanceArgs>),
     /// Push, pull and manage templates
     Template(template::TemplateArgs),

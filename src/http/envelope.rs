@@ -156,6 +156,13 @@ impl Call {
             Some(_) => Err(wrong(name, "true or false")),
         }
     }
+    /// A truth value that some callers write as a number.
+    pub fn flag_or_number(&self, name: &str) -> Result<bool, ApiError> {
+        match self.flag(name) {
+            Ok(flag) => Ok(flag.unwrap_or(false)),
+            Err(_) => Ok(self.int(name, 0..=u64::MAX)?.unwrap_or(0) > 0),
+        }
+    }
     /// Bytes in standard base64, with or without line breaks. Undecodable is a failure of the
     /// operation, not of the request.
     pub fn base64(&self, name: &str) -> Result<Option<Vec<u8>>, ApiError> {

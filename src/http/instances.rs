@@ -6,10 +6,12 @@
 //! `progress` is always a float.
 
 use super::View;
+use super::requests::MetadataValue;
 use super::time::{MaybeRfc3339, Rfc3339};
 use mainstay_model::instance::{Instance, InstanceState, PortRule, ScriptResult, Value, VmInfo};
 use mainstay_model::{metadata, plan};
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 /// The port whose forwarding makes a `vnc_connection_string`.
 const VNC_GUEST_PORT: u16 = 5900;
@@ -30,9 +32,20 @@ impl Serialize for InstanceList<'_> {
     }
 }
 
+/// What `GET /api/v1/vm` shows.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum Instances<'a> {
+    /// Without an id.
+    All(Vec<Wrapper<'a>>),
+    /// With an id.
+    One(Box<InstanceView<'a>>),
+}
+
 /// One item of the list.
-#[derive(Serialize)]
-struct Wrapper<'a> {
+#[derive(Serialize, ToSchema)]
+#[schema(as = ListedInstance)]
+pub struct Wrapper<'a> {
     instance_id: &'a str,
     external_id: Option<&'a str>,
     name: Option<&'a str>,
@@ -51,7 +64,8 @@ impl<'a> Wrapper<'a> {
 }
 
 /// `GET /api/v1/vm?id=`: the instance itself, also inside the list's wrapper.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Instance)]
 pub struct InstanceView<'a> {
     instance_id: &'a str,
     instance_state: &'static str,
@@ -66,7 +80,9 @@ pub struct InstanceView<'a> {
     vminfo: Option<VmView<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     node_id: Option<&'a str>,
+    #[schema(value_type = String, format = DateTime)]
     ts: Rfc3339,
+    #[schema(value_type = String, format = DateTime)]
     cr_time: Rfc3339,
     progress: f32,
     group_id: &'a str,
@@ -75,6 +91,7 @@ pub struct InstanceView<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     external_id: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<std::collections::BTreeMap<String, MetadataValue>>)]
     metadata: Option<Metadata<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     arch: Option<&'static str>,
@@ -181,7 +198,8 @@ impl Serialize for Plain<'_> {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = VmInfo)]
 struct VmView<'a> {
     uuid: &'a str,
     name: &'a str,
@@ -190,23 +208,31 @@ struct VmView<'a> {
     host_ip: &'a str,
     node_id: &'a str,
     cpu_cores: u32,
+    /// `4G`, or `1536M`
+    #[schema(value_type = String)]
     ram: Ram,
     port_forwarding: Vec<PortView<'a>>,
     vnc_port: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
     vnc_connection_string: Option<String>,
     version: u32,
+    #[schema(value_type = String, format = DateTime)]
     creation_date: MaybeRfc3339,
+    #[schema(value_type = String, format = DateTime)]
     access_date: MaybeRfc3339,
+    #[schema(value_type = String, format = DateTime)]
     start_date: MaybeRfc3339,
+    #[schema(value_type = String, format = DateTime)]
     stop_date: MaybeRfc3339,
+    #[schema(value_type = String, format = DateTime)]
     timestamp: Rfc3339,
     #[serde(skip_serializing_if = "str::is_empty")]
     accelerator: &'a str,
 }
 
 /// A forwarded port. Clients find SSH by guest port 22 and protocol `tcp`.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Port)]
 struct PortView<'a> {
     name: &'a str,
     guest_port: u16,
@@ -283,7 +309,8 @@ fn host_ip<'a>(view: View<'a>, instance: &'a Instance, vm: &'a VmInfo) -> &'a st
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = ScriptResult)]
 struct ScriptView<'a> {
     return_code: i32,
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -19,17 +19,20 @@
 use super::ApiState;
 use super::envelope::{self, Call};
 use super::error::ApiError;
+use super::openapi::Answer;
+use super::requests;
 use crate::app::{Consistency, REQUEST_DEADLINE};
 use crate::config;
-use axum::Router;
 use axum::extract::State;
 use axum::response::Response;
-use axum::routing::post;
 use mainstay_model::{Command, MemberId, State as Cloud};
 use mainstay_raft::{GroupError, MemberStatus, Role, Status};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::time::Duration;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 /// A member that answers within this time counts as alive.
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -37,14 +40,14 @@ const ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 const NAMED_MAX: usize = 5;
 
 /// The routes.
-pub fn routes() -> Router<ApiState> {
-    Router::new()
-        .route("/api/v1/member/add", post(add))
-        .route("/api/v1/member/promote", post(promote))
-        .route("/api/v1/member/update", post(update))
-        .route("/api/v1/member/replace", post(replace))
-        .route("/api/v1/member/remove", post(remove))
-        .route("/api/v1/member/transfer-leader", post(transfer))
+pub(super) fn routes() -> OpenApiRouter<ApiState> {
+    OpenApiRouter::new()
+        .routes(routes!(add))
+        .routes(routes!(promote))
+        .routes(routes!(update))
+        .routes(routes!(replace))
+        .routes(routes!(remove))
+        .routes(routes!(transfer))
 }
 
 /// The newest membership.
@@ -210,6 +213,10 @@ async fn take_out(
     Ok(())
 }
 
+#[utoipa::path(post, path = "/api/v1/member/replace", tag = "members", operation_id = "post_member_replace",
+    summary = "Take out the old identity of a member that has lost its disk",
+    request_body(content = requests::LeavingMember, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
 async fn replace(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let next = |name: &str| {
         format!(
@@ -240,6 +247,10 @@ async fn replace(State(api): State<ApiState>, call: Call) -> Result<Response, Ap
     Ok(envelope::ok(&text))
 }
 
+#[utoipa::path(post, path = "/api/v1/member/remove", tag = "members", operation_id = "post_member_remove",
+    summary = "Take a member out for good",
+    request_body(content = requests::LeavingMember, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
 async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let force = call.flag("force")?.unwrap_or(false);
     let status = newest(&api).await?;
@@ -273,13 +284,17 @@ async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, Api
     Ok(envelope::ok(&text))
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Added {
     command: String,
     note: String,
 }
 
 /// Nothing has to be known of a member before it comes: this checks that it can, and says how.
+#[utoipa::path(post, path = "/api/v1/member/add", tag = "members", operation_id = "post_member_add",
+    summary = "Check that a member can be added, and say how; changes nothing",
+    request_body(content = requests::AddMember, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Added>)))]
 async fn add(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let name = call.required("name")?;
     let learner = call.flag("learner")?.unwrap_or(false);
@@ -315,6 +330,10 @@ async fn add(State(api): State<ApiState>, call: Call) -> Result<Response, ApiErr
     Ok(envelope::ok(&Added { command, note }))
 }
 
+#[utoipa::path(post, path = "/api/v1/member/promote", tag = "members", operation_id = "post_member_promote",
+    summary = "Give a learner its vote",
+    request_body(content = requests::MemberName, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
 async fn promote(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let status = newest(&api).await?;
     let (id, at) = find(&status, &call.required("name")?)?;
@@ -331,6 +350,10 @@ async fn promote(State(api): State<ApiState>, call: Call) -> Result<Response, Ap
     )))
 }
 
+#[utoipa::path(post, path = "/api/v1/member/update", tag = "members", operation_id = "post_member_update",
+    summary = "Tell all where a member is",
+    request_body(content = requests::MemberAddress, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
 async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let given = |name: &str, port| {
         let text = call.text(name)?;
@@ -371,6 +394,10 @@ async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, Api
     )))
 }
 
+#[utoipa::path(post, path = "/api/v1/member/transfer-leader", tag = "members", operation_id = "post_member_transfer_leader",
+    summary = "Hand leadership over",
+    request_body(content = requests::MemberName, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
 async fn transfer(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let to = match call.text("name")? {
         None => None,

@@ -4,7 +4,8 @@
 //! * [`router`]: all routes of this module; merge others onto it.
 //! * [`envelope`]: how requests are read and answers wrapped; [`error`]: the only status table.
 //! * [`instances`], [`nodes`], [`templates`]: JSON from the state; [`start`]: the start request.
-//! * [`routes`]: the handlers; [`front`]: what happens before routing.
+//! * [`routes`]: the handlers; [`openapi`] and `requests`: what they say of themselves; [`front`]: what
+//!   happens before routing.
 //!
 //! The server that carries the router keeps idle connections for at least 120 s.
 
@@ -15,6 +16,8 @@ pub mod instances;
 mod intake;
 pub mod members;
 pub mod nodes;
+pub mod openapi;
+pub mod requests;
 pub mod routes;
 pub mod start;
 pub mod templates;

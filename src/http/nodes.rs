@@ -8,6 +8,7 @@ use mainstay_model::group::Group;
 use mainstay_model::node::{CapacityMode, Node};
 use mainstay_model::{GroupId, NodeId};
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 /// What runs on a node.
 #[derive(Clone, Copy, Debug, Default)]
@@ -58,8 +59,10 @@ impl Serialize for NodeList<'_> {
     }
 }
 
-#[derive(Serialize)]
-struct NodeView<'a> {
+/// A node.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Node)]
+pub struct NodeView<'a> {
     node_id: &'a str,
     node_name: &'a str,
     ip_address: &'a str,
@@ -79,6 +82,7 @@ struct NodeView<'a> {
     host_arch: &'static str,
     groups: Vec<GroupView<'a>>,
     templates: Vec<CachedView<'a>>,
+    #[schema(value_type = Option<Vec<String>>)]
     usb_devices: Option<()>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vcpu_override: Option<u32>,
@@ -87,12 +91,14 @@ struct NodeView<'a> {
     anka_version: Release<'a>,
     agent_version: &'a str,
     driver: &'a str,
+    #[schema(value_type = String, format = DateTime)]
     last_updated: Rfc3339,
     timestamp: u64,
 }
 
 /// A node group. `description` is a string even when there is none.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Group)]
 pub struct GroupView<'a> {
     id: &'a str,
     name: &'a str,
@@ -122,14 +128,16 @@ impl<'a> GroupView<'a> {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = CachedTag)]
 struct CachedView<'a> {
     uuid: &'a str,
     name: &'a str,
     tag: &'a str,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = AgentRelease)]
 struct Release<'a> {
     product: &'static str,
     version: &'a str,

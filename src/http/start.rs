@@ -47,7 +47,7 @@ pub fn command(call: &Call) -> Result<(Command, Vec<InstanceId>), ApiError> {
 
 fn request(call: &Call) -> Result<StartRequest, ApiError> {
     let template = call.required("vmid")?.into();
-    unsupported(call)?;
+    refuse(call, &UNSUPPORTED)?;
     Ok(StartRequest {
         template,
         tag: call.text("tag")?,
@@ -67,7 +67,8 @@ fn request(call: &Call) -> Result<StartRequest, ApiError> {
     })
 }
 
-fn unsupported(call: &Call) -> Result<(), ApiError> {
+/// Refuse a call that sets one of these members to anything.
+pub(super) fn refuse(call: &Call, members: &[&str]) -> Result<(), ApiError> {
     let given = |name: &&&str| match call.get(name) {
         None => false,
         Some(Json::String(text)) => {
@@ -77,7 +78,7 @@ fn unsupported(call: &Call) -> Result<(), ApiError> {
         Some(Json::Object(members)) => !members.is_empty(),
         Some(other) => *other != 0 && *other != false,
     };
-    match UNSUPPORTED.iter().find(given) {
+    match members.iter().find(given) {
         Some(name) => Err(ApiError::fail(format!(
             "{name} is not supported; leave it out"
         ))),

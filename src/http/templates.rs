@@ -4,6 +4,7 @@
 use mainstay_model::State;
 use mainstay_model::template::{Tag, Template};
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 /// `GET /api/v1/registry/vm`: an array.
 #[derive(Clone, Copy)]
@@ -25,8 +26,20 @@ impl Serialize for TemplateList<'_> {
     }
 }
 
-#[derive(Serialize)]
-struct Item<'a> {
+/// What `GET /api/v1/registry/vm` shows.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum Templates<'a> {
+    /// Without an id.
+    All(Vec<Item<'a>>),
+    /// With an id.
+    One(Box<TemplateView<'a>>),
+}
+
+/// One item of the list.
+#[derive(Serialize, ToSchema)]
+#[schema(as = ListedTemplate)]
+pub struct Item<'a> {
     id: &'a str,
     name: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -51,7 +64,8 @@ impl<'a> Item<'a> {
 }
 
 /// `GET /api/v1/registry/vm?id=`: one template with its visible tags in order.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Template)]
 pub struct TemplateView<'a> {
     id: &'a str,
     name: &'a str,
@@ -81,13 +95,15 @@ impl<'a> TemplateView<'a> {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TemplateTag)]
 struct TagView<'a> {
     number: u32,
     tag: &'a str,
     config_file: &'static str,
     nvram: &'static str,
     images: Vec<&'a str>,
+    #[schema(value_type = Vec<String>)]
     state_files: [&'static str; 0],
     state_file: &'static str,
     description: &'a str,

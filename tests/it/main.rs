@@ -10,3 +10,4 @@ mod cluster;
 mod fences;
 mod homes;
 mod membership;
+mod openapi;

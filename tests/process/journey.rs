@@ -89,7 +89,8 @@ async fn push_start_kill_restart_terminate() {
 
     // Start a real VM with a monitored script.
     cluster.start_agent("node1", &["--driver", "qemu"]);
-    let script = "echo hello from $(uname -s); echo oops >&2";
+    let script =
+        "echo hello from $(uname -s); echo oops >&2; echo $$.$(date +%s) >/srv/www/mark; sync";
     let body = json!({
         "vmid": template, "count": 1, "script_monitoring": true, "script_timeout": 60,
         "startup_script": base64(script.as_bytes()),
@@ -158,6 +159,8 @@ async fn push_start_kill_restart_terminate() {
     assert_eq!(cluster.vm_processes().len(), 1, "the VM outlives its agent");
     cluster.start_agent("node1", &["--driver", "qemu"]);
 
+    restarted(&cluster, &id).await;
+
     // Terminate: Terminated, and nothing is left.
     cluster
         .call(1, "DELETE", "/api/v1/vm", Some(json!({"id": id})))
@@ -168,6 +171,60 @@ async fn push_start_kill_restart_terminate() {
         cluster.vm_processes().is_empty().then_some(())
     })
     .await;
+}
+
+/// Restarted by one member while the node's home may be another: the same VM, disk and ports, another start;
+/// never an error on the way.
+async fn restarted(cluster: &Cluster, id: &str) {
+    let before = wait_state(cluster, 0, id, "Started").await;
+    let mark = page(cluster, &before, "mark").await;
+    cluster
+        .call(
+            2,
+            "POST",
+            "/api/v1/rpc/vm/restart",
+            Some(json!({"instance_id": id})),
+        )
+        .await
+        .unwrap();
+    let what = "restarted";
+    let after = until(what, Duration::from_secs(120), || async {
+        let seen = instance(cluster, 1, id).await?;
+        let state = seen["instance_state"].as_str()?.to_owned();
+        assert!(["Started", "Stopping"].contains(&state.as_str()), "{seen}");
+        let again = seen["vminfo"]["start_date"] != before["vminfo"]["start_date"];
+        (state == "Started" && again).then_some(seen)
+    })
+    .await;
+    for same in ["uuid", "port_forwarding", "creation_date"] {
+        assert_eq!(after["vminfo"][same], before["vminfo"][same]);
+    }
+    assert_eq!(
+        after["startup_script"], before["startup_script"],
+        "not run again"
+    );
+    assert_eq!(
+        page(cluster, &after, "mark").await,
+        mark,
+        "its disk was kept"
+    );
+    assert_eq!(cluster.vm_processes().len(), 1);
+}
+
+/// What the guest's web server says, once it does.
+async fn page(cluster: &Cluster, instance: &Value, path: &str) -> String {
+    let port = &instance["vminfo"]["port_forwarding"][0]["host_port"];
+    let url = format!("http://127.0.0.1:{port}/{path}");
+    until(
+        "the guest's web server answers",
+        Duration::from_secs(60),
+        || async {
+            let sent = cluster.client.get(&url).timeout(Duration::from_secs(5));
+            let answer = sent.send().await.ok()?;
+            answer.error_for_status().ok()?.text().await.ok()
+        },
+    )
+    .await
 }
 
 fn base64(bytes: &[u8]) -> String {

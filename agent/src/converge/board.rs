@@ -37,6 +37,15 @@ pub(super) struct Begun {
     pub(super) there: Option<VmFacts>,
 }
 
+/// A restart that begins.
+pub(super) struct Again {
+    pub(super) ticket: u64,
+    /// Of the new generation; not on disk yet.
+    pub(super) record: Record,
+    /// What is to be broken off.
+    pub(super) before: Option<JoinHandle<()>>,
+}
+
 /// A removal, or a start that is broken off, begins.
 pub(super) struct Ending {
     pub(super) ticket: u64,
@@ -145,6 +154,33 @@ impl Board {
             ticket,
             record,
             there,
+        }
+    }
+
+    /// A restart begins. From now on the board speaks of it, and not of what was up before.
+    pub(super) fn begin_restart(&mut self, wish: &DesiredInstance) -> Again {
+        let ticket = self.tick();
+        let old = self.locals.remove(&wish.id).unwrap_or_default();
+        let record = old
+            .record
+            .unwrap_or_else(|| Record::begin(&wish.id, 0, &wish.image))
+            .again(wish.generation);
+        let local = Local {
+            generation: wish.generation,
+            job: Some(Running {
+                kind: Job::Start,
+                ticket,
+                task: None,
+            }),
+            record: Some(record.clone()),
+            step: Step::Starting,
+            gone: false,
+        };
+        self.locals.insert(wish.id.clone(), local);
+        Again {
+            ticket,
+            record,
+            before: old.job.and_then(|j| j.task),
         }
     }
 

@@ -194,6 +194,11 @@ fn act(inner: &Arc<Inner>) {
                     start(inner, &mut board, wish);
                 }
             }
+            Action::Restart(id) => {
+                if let Some(wish) = board.wish(&id).cloned() {
+                    restart(inner, &mut board, wish);
+                }
+            }
             Action::Delete(id) => {
                 if let Some(wish) = board.wish(&id).cloned() {
                     delete(inner, &mut board, &wish);
@@ -208,6 +213,13 @@ fn start(inner: &Arc<Inner>, board: &mut Board, wish: DesiredInstance) {
     let id = wish.id.clone();
     let begun = board.begin_start(&wish);
     let work = task::start(Arc::clone(inner), wish, begun);
+    board.employ(&id, tokio::spawn(work));
+}
+
+fn restart(inner: &Arc<Inner>, board: &mut Board, wish: DesiredInstance) {
+    let id = wish.id.clone();
+    let again = board.begin_restart(&wish);
+    let work = task::restart(Arc::clone(inner), wish, again);
     board.employ(&id, tokio::spawn(work));
 }
 

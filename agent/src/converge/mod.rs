@@ -11,7 +11,7 @@
 //!    from an older generation of an instance that shall run.
 //! 2. An end wins over a start that is under way.
 //! 3. Nothing is started twice for one generation: once its start has come to an end (also a bad
-//!    one), only a new generation starts it again.
+//!    one), only a new generation starts it again. A restart is a new generation of the same disk.
 
 mod board;
 pub mod executor;
@@ -29,7 +29,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// What is under way for an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
-    /// Being started (pull, VM, script).
+    /// Being started (pull, VM, script), or started again.
     Start,
     /// A start is being broken off; what it made stays.
     Cancel,
@@ -55,6 +55,8 @@ pub struct Doing {
 pub enum Action {
     /// Start it, or go on with a start that a dead agent left half-done.
     Start(String),
+    /// End its VM and start it again on its disk, or go on with that.
+    Restart(String),
     /// Break its start off.
     Cancel(String),
     /// Break off what is under way, then remove everything of it.
@@ -100,6 +102,7 @@ fn next(
 ) -> Option<MakeAction> {
     match wanted {
         None => unwanted(doing?, vm),
+        Some(wanted) if wanted.run && wanted.restart => shall_restart(wanted.generation, doing, vm),
         Some(wanted) if wanted.run && wanted.keep => shall_stay(doing?),
         Some(wanted) if wanted.run => shall_run(wanted.generation, doing, vm),
         Some(wanted) => shall_go(wanted.generation, doing),
@@ -144,6 +147,22 @@ fn shall_run(generation: u64, doing: Option<Doing>, vm: Option<u64>) -> Option<M
         },
         None if doing.settled || doing.gone => None,
         None => Some(Action::Start),
+    }
+}
+
+/// On its disk, once at this generation. Where nothing is left of it, trying says so.
+fn shall_restart(generation: u64, doing: Option<Doing>, vm: Option<u64>) -> Option<MakeAction> {
+    let Some(doing) = doing else {
+        let older = vm.is_none_or(|made_for| made_for <= generation);
+        return older.then_some(Action::Restart);
+    };
+    match doing.job {
+        _ if doing.generation > generation => None,
+        // It is up, and a script that nobody waits for still runs.
+        Some(Job::Start) if doing.generation < generation => Some(Action::Restart),
+        Some(_) => None,
+        None if doing.settled && doing.generation == generation => None,
+        None => Some(Action::Restart),
     }
 }
 

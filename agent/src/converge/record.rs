@@ -66,6 +66,18 @@ impl Record {
             vm: None,
         }
     }
+    /// The same disk at a newer generation: to be started again, without its script.
+    pub fn again(self, generation: u64) -> Self {
+        if self.generation >= generation {
+            return self;
+        }
+        Self {
+            generation,
+            stage: Stage::Begun,
+            script_begun: true,
+            ..self
+        }
+    }
     /// Its start came to an end, good or bad.
     pub fn settled(&self) -> bool {
         self.stage != Stage::Begun

@@ -61,6 +61,8 @@ struct Start {
     ticket: u64,
     wish: DesiredInstance,
     record: Record,
+    /// Its VM is started again: whatever goes wrong, it stays.
+    again: bool,
     next: Next,
 }
 
@@ -70,6 +72,8 @@ enum Next {
     Pull,
     Write,
     Make,
+    /// End the VM and start it again.
+    Again,
     Say,
     Ready,
     /// Everything of it must go; then it is settled.
@@ -112,6 +116,7 @@ impl Rehearsal {
         for action in self.board.actions() {
             match action {
                 Action::Start(id) => self.start(&id),
+                Action::Restart(id) => self.start_again(&id),
                 Action::Delete(id) => self.delete(&id),
                 Action::Cancel(id) | Action::Forget(id) => self.forget(&id),
             }
@@ -144,7 +149,24 @@ impl Rehearsal {
             ticket: begun.ticket,
             wish,
             record,
+            again: false,
             next,
+        };
+        self.work
+            .insert(id.to_owned(), Work::Start(Box::new(start)));
+    }
+
+    fn start_again(&mut self, id: &str) {
+        let Some(wish) = self.board.wish(id).cloned() else {
+            return;
+        };
+        let again = self.board.begin_restart(&wish);
+        let start = Start {
+            ticket: again.ticket,
+            wish,
+            record: again.record,
+            again: true,
+            next: Next::Write,
         };
         self.work
             .insert(id.to_owned(), Work::Start(Box::new(start)));
@@ -247,6 +269,22 @@ impl Rehearsal {
                 Next::Remove(Stage::Failed("its image is gone".to_owned()))
             }
             (Next::Pull | Next::Make, Some(bad)) => Next::Remove(bad),
+            // Tried again for a while; nothing of it goes.
+            (Next::Again | Next::Ready, Some(Stage::Rejected(_))) if start.again => Next::Again,
+            (Next::Again | Next::Ready, Some(bad)) if start.again => Next::Settle(bad),
+            (Next::Again, _) if !self.vms.contains_key(&id) => {
+                Next::Settle(Stage::Failed("there is no VM".to_owned()))
+            }
+            (Next::Again, _) => {
+                if let Some(vm) = self.vms.get_mut(&id) {
+                    vm.generation = start.record.generation;
+                    vm.facts.status = "running".to_owned();
+                }
+                Next::Say
+            }
+            (Next::Ready, None) if start.again && !self.runs(&id) => {
+                Next::Settle(Stage::Failed("the VM does not run".to_owned()))
+            }
             (Next::Ready, Some(bad @ Stage::Rejected(_))) => Next::Remove(bad),
             (Next::Ready, Some(bad)) => Next::Stop(bad),
             (Next::Pull, None) => {
@@ -255,7 +293,7 @@ impl Rehearsal {
             }
             (Next::Write, _) => {
                 self.write(&start);
-                Next::Make
+                if start.again { Next::Again } else { Next::Make }
             }
             (Next::Make, None) => {
                 did = self.make_vm(&start);

@@ -1,11 +1,11 @@
-//! The life of one instance on this node: its start from image to settled, and its end. Each task
+//! The life of one instance on this node: its start from image to settled, its restarts, and its end. Each task
 //! writes to the board only while its ticket has the say, and can be broken off at any await.
 //!
 //! The startup script runs at most once per generation, also across restarts of the agent: that it
 //! begins is on disk before it begins. If the agent dies while a monitored script runs, its result
 //! is lost with it, and the instance fails and says so.
 
-use super::board::{Begun, Ending};
+use super::board::{Again, Begun, Ending};
 use super::executor::Inner;
 use super::record::{Record, Stage};
 use crate::cache::{CacheError, Image};
@@ -61,6 +61,26 @@ pub(super) fn resume(wish: &DesiredInstance, record: Option<Record>, there: bool
         record.script_begun = there;
         record
     })
+}
+
+/// Break off what went before, end the VM, start it again on its disk and wait for its guest. Whatever
+/// goes wrong, the disk stays.
+pub(super) async fn restart(inner: Arc<Inner>, wish: DesiredInstance, again: Again) {
+    break_off(again.before).await;
+    let (id, ticket) = (wish.id.clone(), again.ticket);
+    let mut starter = Starter {
+        inner: Arc::clone(&inner),
+        wish,
+        ticket,
+        record: again.record,
+    };
+    let stage = match starter.restart().await {
+        Ok(()) => Stage::Up,
+        Err(why) => Stage::Failed(format!("the VM could not be restarted: {why}")),
+    };
+    starter.settle(stage).await;
+    inner.look.notify_one();
+    release(&inner, &id, ticket);
 }
 
 /// Break off what went before, then remove everything of the instance.
@@ -180,6 +200,36 @@ impl Starter {
                 Ok(())
             }
         }
+    }
+
+    /// What this node cannot do now is tried again for a while; a restart goes nowhere else.
+    async fn restart(&mut self) -> Result<(), String> {
+        let since = Instant::now();
+        let mut pause = self.inner.settings.retry_pause;
+        loop {
+            match self.restart_once().await {
+                Err(DriverError::Busy(why))
+                    if since.elapsed() < self.inner.settings.pull_patience =>
+                {
+                    tracing::warn!(instance = self.wish.id, why, "restart failed; trying again");
+                }
+                done => return done.map_err(|e| e.to_string()),
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(RETRY_PAUSE_MAX);
+        }
+    }
+
+    async fn restart_once(&mut self) -> Result<(), DriverError> {
+        let busy = |e| DriverError::Busy(format!("cannot write an instance record: {e}"));
+        self.inner.records.put(&self.record).await.map_err(busy)?;
+        let (id, generation) = (&self.wish.id, self.wish.generation);
+        let facts = self.inner.driver.restart(id, generation).await?;
+        self.saw(facts);
+        let facts = self.inner.driver.ready(&self.wish.id, true).await?;
+        self.record.vm = Some(facts.clone());
+        self.saw(facts);
+        Ok(())
     }
 
     async fn make_vm(&mut self) -> Result<VmFacts, Bad> {

@@ -6,56 +6,72 @@ use crate::wire::{DesiredInstance, DesiredSet};
 use std::collections::BTreeMap;
 
 const TRANSCRIPT: &str = "\
--      | -              | -  | nothing
--      | -              | v5 | nothing
--      | 5 idle         | -  | forget
--      | 5 idle         | v5 | nothing
--      | 5 start        | -  | cancel
--      | 5 start        | v5 | cancel
--      | 5 start,up     | v5 | nothing
--      | 5 cancel       | -  | nothing
--      | 5 delete       | v5 | nothing
--      | 5 up           | v5 | nothing
--      | 5 up           | -  | forget
--      | 5 gone         | -  | forget
-run 5  | -              | -  | start
-run 5  | -              | v5 | start
-run 5  | -              | v4 | delete
-run 5  | -              | v6 | nothing
-run 5  | 5 idle         | -  | start
-run 5  | 5 idle         | v5 | start
-run 5  | 5 start        | -  | nothing
-run 5  | 4 start        | -  | delete
-run 5  | 5 cancel       | v5 | nothing
-run 5  | 4 delete       | v4 | nothing
-run 5  | 5 up           | v5 | nothing
-run 5  | 5 up           | -  | nothing
-run 5  | 4 up           | v4 | delete
-run 5  | 4 up           | -  | delete
-run 5  | 4 gone         | -  | start
-run 5  | 5 gone         | -  | nothing
-run 5  | 6 up           | v6 | nothing
-run 5  | 6 idle         | v6 | nothing
-keep 5 | -              | -  | nothing
-keep 5 | -              | v4 | nothing
-keep 5 | 4 start        | -  | cancel
-keep 5 | 5 start        | v5 | cancel
-keep 5 | 5 start,up     | v5 | nothing
-keep 5 | 4 cancel       | -  | nothing
-keep 5 | 4 idle         | v4 | nothing
-keep 5 | 5 up           | v5 | nothing
-keep 5 | 5 up           | -  | nothing
-keep 5 | 4 up           | v4 | nothing
-stop 5 | -              | -  | delete
-stop 5 | -              | v4 | delete
-stop 5 | 4 start        | -  | delete
-stop 5 | 4 start,up     | v4 | delete
-stop 5 | 4 cancel       | v4 | delete
-stop 5 | 4 up           | v4 | delete
-stop 5 | 5 delete       | v4 | nothing
-stop 5 | 5 gone         | -  | nothing
-stop 5 | 4 gone         | -  | delete
-stop 5 | 6 up           | v6 | nothing
+-       | -              | -  | nothing
+-       | -              | v5 | nothing
+-       | 5 idle         | -  | forget
+-       | 5 idle         | v5 | nothing
+-       | 5 start        | -  | cancel
+-       | 5 start        | v5 | cancel
+-       | 5 start,up     | v5 | nothing
+-       | 5 cancel       | -  | nothing
+-       | 5 delete       | v5 | nothing
+-       | 5 up           | v5 | nothing
+-       | 5 up           | -  | forget
+-       | 5 gone         | -  | forget
+run 5   | -              | -  | start
+run 5   | -              | v5 | start
+run 5   | -              | v4 | delete
+run 5   | -              | v6 | nothing
+run 5   | 5 idle         | -  | start
+run 5   | 5 idle         | v5 | start
+run 5   | 5 start        | -  | nothing
+run 5   | 4 start        | -  | delete
+run 5   | 5 cancel       | v5 | nothing
+run 5   | 4 delete       | v4 | nothing
+run 5   | 5 up           | v5 | nothing
+run 5   | 5 up           | -  | nothing
+run 5   | 4 up           | v4 | delete
+run 5   | 4 up           | -  | delete
+run 5   | 4 gone         | -  | start
+run 5   | 5 gone         | -  | nothing
+run 5   | 6 up           | v6 | nothing
+run 5   | 6 idle         | v6 | nothing
+keep 5  | -              | -  | nothing
+keep 5  | -              | v4 | nothing
+keep 5  | 4 start        | -  | cancel
+keep 5  | 5 start        | v5 | cancel
+keep 5  | 5 start,up     | v5 | nothing
+keep 5  | 4 cancel       | -  | nothing
+keep 5  | 4 idle         | v4 | nothing
+keep 5  | 5 up           | v5 | nothing
+keep 5  | 5 up           | -  | nothing
+keep 5  | 4 up           | v4 | nothing
+again 5 | -              | -  | restart
+again 5 | -              | v4 | restart
+again 5 | -              | v5 | restart
+again 5 | -              | v6 | nothing
+again 5 | 4 up           | v4 | restart
+again 5 | 4 up           | -  | restart
+again 5 | 4 start,up     | v4 | restart
+again 5 | 4 start        | v4 | restart
+again 5 | 4 delete       | v4 | nothing
+again 5 | 4 gone         | -  | restart
+again 5 | 5 idle         | v4 | restart
+again 5 | 5 idle         | v5 | restart
+again 5 | 5 start        | v4 | nothing
+again 5 | 5 up           | v5 | nothing
+again 5 | 5 cancel       | v5 | nothing
+again 5 | 6 up           | v6 | nothing
+stop 5  | -              | -  | delete
+stop 5  | -              | v4 | delete
+stop 5  | 4 start        | -  | delete
+stop 5  | 4 start,up     | v4 | delete
+stop 5  | 4 cancel       | v4 | delete
+stop 5  | 4 up           | v4 | delete
+stop 5  | 5 delete       | v4 | nothing
+stop 5  | 5 gone         | -  | nothing
+stop 5  | 4 gone         | -  | delete
+stop 5  | 6 up           | v6 | nothing
 ";
 
 fn wanted(text: &str) -> DesiredSet {
@@ -65,7 +81,8 @@ fn wanted(text: &str) -> DesiredSet {
             id: "i".to_owned(),
             generation: generation.parse().unwrap(),
             run: verb != "stop",
-            keep: verb == "keep",
+            keep: verb == "keep" || verb == "again",
+            restart: verb == "again",
             ..DesiredInstance::default()
         }],
     };
@@ -108,6 +125,7 @@ fn say(actions: &[Action]) -> &'static str {
     match actions {
         [] => "nothing",
         [Action::Start(_)] => "start",
+        [Action::Restart(_)] => "restart",
         [Action::Cancel(_)] => "cancel",
         [Action::Delete(_)] => "delete",
         [Action::Forget(_)] => "forget",
@@ -122,7 +140,7 @@ fn every_situation_has_its_action() {
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
         let actions = plan(&wanted(cells[0]), &doing(cells[1]), &vms(cells[2]));
         told += &format!(
-            "{:<6} | {:<14} | {:<2} | {}\n",
+            "{:<7} | {:<14} | {:<2} | {}\n",
             cells[0],
             cells[1],
             cells[2],

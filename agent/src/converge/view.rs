@@ -13,7 +13,7 @@ pub(super) fn observe(
     local: Option<&Local>,
     vm: Option<&VmSeen>,
 ) -> Option<Observed> {
-    if let Some(kept) = wanted.filter(|w| w.run && w.keep) {
+    if let Some(kept) = wanted.filter(|w| w.run && w.keep && !w.restart) {
         return kept_as_is(kept, local, vm);
     }
     let shall_go = wanted.is_some_and(|w| !w.run);

@@ -57,6 +57,8 @@ pub enum Verb {
     Ready,
     /// [`Driver::run_script`].
     Script,
+    /// [`Driver::restart`].
+    Restart,
     /// [`Driver::stop`].
     Stop,
     /// [`Driver::delete`].
@@ -301,6 +303,27 @@ impl Driver for FakeDriver {
         out.stderr = kept_output(&out.stderr).to_owned();
         self.running(id)?;
         Ok(out)
+    }
+
+    async fn restart(&self, id: &str, generation: u64) -> Result<VmFacts, DriverError> {
+        self.fault(Verb::Restart)?;
+        let vm = self.get(id)?;
+        if vm.generation == generation && vm.facts.status == "running" {
+            return Ok(vm.facts);
+        }
+        self.stop(id).await?;
+        sleep(self.config.start_delay).await;
+        self.change(|vms| {
+            let gone = || DriverError::Failed(format!("there is no VM {id}"));
+            let vm = vms.get_mut(id).ok_or_else(gone)?;
+            vm.generation = generation;
+            vm.message.clear();
+            vm.facts.status = "running".into();
+            vm.facts.ip.clear();
+            // Later than the former start by any clock.
+            vm.facts.started_ms = now_ms().max(vm.facts.started_ms + 1);
+            Ok(vm.facts.clone())
+        })?
     }
 
     async fn stop(&self, id: &str) -> Result<(), DriverError> {

@@ -72,6 +72,10 @@ pub trait Driver: Send + Sync + 'static {
     async fn ready(&self, id: &str, need_network: bool) -> Result<VmFacts, DriverError>;
     /// Run a script in the guest and wait for its end, or for its timeout.
     async fn run_script(&self, id: &str, script: &Script) -> Result<ScriptResult, DriverError>;
+    /// End the VM's process at once and start it again on the same disk, at `generation`, with the same
+    /// ports where they are still free; returns once its process runs. A VM that was restarted to this
+    /// generation and runs is left as it is. Failed if there is no VM; whatever goes wrong, its disk stays.
+    async fn restart(&self, id: &str, generation: u64) -> Result<VmFacts, DriverError>;
     /// Stop it (ask, then force). Nothing to do if it does not run.
     async fn stop(&self, id: &str) -> Result<(), DriverError>;
     /// Remove it with everything of it. Its disk goes with it, so a running guest is not asked to

@@ -3,7 +3,7 @@
 use crate::stub::*;
 use mainstay_agent::driver::fake::{FakeConfig, Verb};
 use mainstay_agent::driver::{Driver, DriverError};
-use mainstay_agent::wire::{DesiredInstance, ImageRef};
+use mainstay_agent::wire::{DesiredInstance, ImageRef, Report};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -172,6 +172,60 @@ async fn a_vm_that_dies_by_itself_is_reported_and_not_started_again() {
     cluster.want(vec![run("a", 5), run("b", 2)]);
     let seen = cluster.phase("a", "running").await;
     assert_eq!(seen.generation, 5);
+}
+
+/// At a newer generation, on its disk, once; without its script, and also where an agent that dies has to
+/// go on with it. Nothing says that it runs before it does.
+#[tokio::test]
+async fn a_restart_happens_once_and_costs_nothing_but_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let cluster = Cluster::new();
+    let home = Stub::new(&cluster).await;
+    let first = agent(dir.path(), &[&home]).await;
+    let wish = |generation| script(run("a", generation), "echo once\nexit 0", 0);
+    cluster.want(vec![wish(2)]);
+    let before = cluster.phase("a", "running").await.vm.unwrap();
+    let busy = || DriverError::Busy("a port is taken".to_owned());
+    first.driver.fail_next(Verb::Restart, busy());
+    cluster.want(vec![again(wish(3))]);
+    let running = |r: &Report| {
+        let of = r.observed.iter().find(|o| o.id == "a").cloned();
+        of.filter(|o| o.generation == 3 && o.phase == "running")
+    };
+    let report = cluster
+        .reported("restarted", |r| running(r).is_some())
+        .await;
+    let seen = running(&report).unwrap();
+    let after = seen.vm.unwrap();
+    assert!(after.started_ms > before.started_ms);
+    assert_eq!(after.uuid, before.uuid);
+    assert_eq!(seen.script.unwrap().stdout, "once\n", "the first start's");
+    // The controller has seen it; then it asks once more, and the agent dies before it can.
+    cluster.want(vec![wish(3)]);
+    first.kill().await;
+    let vm = std::fs::read_to_string(dir.path().join("instances/a.json")).unwrap();
+    assert!(vm.contains("\"generation\":3"), "{vm}");
+    cluster.want(vec![again(wish(4))]);
+    let second = agent(dir.path(), &[&home]).await;
+    let last = cluster
+        .reported("restarted again", |r| {
+            r.observed
+                .iter()
+                .any(|o| o.generation == 4 && o.phase == "running")
+        })
+        .await;
+    let last = last.observed[0].vm.clone().unwrap();
+    assert!(last.started_ms > after.started_ms);
+    // A VM that is gone cannot be restarted, and nothing is made in its place.
+    second.driver.delete("a").await.unwrap();
+    cluster.want(vec![again(wish(5))]);
+    let seen = cluster.phase("a", "failed").await;
+    assert!(
+        seen.message.contains("could not be restarted"),
+        "{}",
+        seen.message
+    );
+    assert!(second.vms().await.is_empty());
 }
 
 #[tokio::test]

@@ -334,6 +334,14 @@ pub(crate) fn run(id: &str, generation: u64) -> DesiredInstance {
     }
 }
 
+pub(crate) fn again(wish: DesiredInstance) -> DesiredInstance {
+    DesiredInstance {
+        keep: true,
+        restart: true,
+        ..wish
+    }
+}
+
 pub(crate) fn stop(id: &str, generation: u64) -> DesiredInstance {
     DesiredInstance {
         run: false,

@@ -2,7 +2,7 @@
 
 use base64::Engine as _;
 use mainstay_agent::driver::{Driver, DriverError, VmSeen, VmSpec};
-use mainstay_agent::wire::{PortRule, Script};
+use mainstay_agent::wire::{PortRule, Script, VmFacts};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -65,6 +65,7 @@ async fn nothing_there(rig: &dyn Rig) {
     driver.stop("none").await.unwrap();
     driver.delete("none").await.unwrap();
     assert!(driver.ready("none", true).await.is_err());
+    assert!(driver.restart("none", 1).await.is_err());
     assert!(
         driver
             .run_script("none", &script("exit 0", 5))
@@ -106,6 +107,7 @@ async fn life(rig: &dyn Rig) {
     assert_eq!((&seen.facts, seen.message.as_str()), (&ready, ""));
 
     scripts(&*driver).await;
+    let ready = restarts(&*driver, &ready).await;
 
     // The agent restarts: everything is as it was.
     drop(driver);
@@ -130,10 +132,29 @@ async fn life(rig: &dyn Rig) {
         "left as it is"
     );
     assert!(driver.ready("life", false).await.is_err());
+    let again = driver.restart("life", 14).await.unwrap();
+    assert_eq!(again.status, "running", "a stopped one is started again");
 
     driver.delete("life").await.unwrap();
     assert!(driver.list().await.unwrap().is_empty());
     driver.delete("life").await.unwrap();
+}
+
+/// The same VM with another start; once for each generation.
+async fn restarts(driver: &dyn Driver, before: &VmFacts) -> VmFacts {
+    let again = driver.restart("life", 13).await.unwrap();
+    assert_eq!(again.status, "running");
+    assert_eq!(again.uuid, before.uuid);
+    assert_eq!(again.created_ms, before.created_ms);
+    assert_eq!(again.port_forwarding, before.port_forwarding);
+    assert!(again.started_ms > before.started_ms);
+    let seen = only(driver).await;
+    assert_eq!((seen.generation, &seen.facts), (13, &again));
+    assert_eq!(driver.restart("life", 13).await.unwrap(), again, "once");
+    let ready = driver.ready("life", true).await.unwrap();
+    assert_eq!(ready.started_ms, again.started_ms);
+    assert!(!ready.ip.is_empty());
+    ready
 }
 
 async fn scripts(driver: &dyn Driver) {

@@ -155,7 +155,8 @@ async fn two_vms_at_once_have_ports_scripts_and_disks_of_their_own() {
     assert!(matches!(refused, Err(DriverError::Busy(_))), "{refused:?}");
     driver.delete("c").await.unwrap();
     demanding_scripts(&driver).await;
-    adoption_of_an_interrupted_start(&state, driver).await;
+    let driver = adoption_of_an_interrupted_start(&state, driver).await;
+    interrupted_restarts(&state, driver).await;
     assert!(
         std::fs::read(&base).unwrap() == before,
         "the shared base was written to"
@@ -201,7 +202,7 @@ async fn demanding_scripts(driver: &QemuDriver) {
 }
 
 /// The agent died between QEMU's start and the note of it: the VM is adopted, not started twice.
-async fn adoption_of_an_interrupted_start(state: &State, driver: QemuDriver) {
+async fn adoption_of_an_interrupted_start(state: &State, driver: QemuDriver) -> QemuDriver {
     let before = driver.list().await.unwrap();
     drop(driver);
     std::fs::remove_file(state.vm("a").join("run.json")).unwrap();
@@ -217,6 +218,40 @@ async fn adoption_of_an_interrupted_start(state: &State, driver: QemuDriver) {
         driver.ready("a", true).await.unwrap().ip,
         before[0].facts.ip
     );
+    driver
+}
+
+/// The agent died while it restarted a VM: after the end of the old process, and after the start of the
+/// new one. The disk is never taken for one that was never used.
+async fn interrupted_restarts(state: &State, driver: QemuDriver) {
+    let ports = driver.list().await.unwrap()[0]
+        .facts
+        .port_forwarding
+        .clone();
+    driver.restart("a", 13).await.unwrap();
+    let spec = std::fs::read(state.vm("a").join("spec.json")).unwrap();
+    driver.stop("a").await.unwrap();
+    std::fs::write(state.vm("a").join("spec.json"), spec).unwrap();
+    for killed_after_launch in [false, true] {
+        if killed_after_launch {
+            driver.restart("a", 13).await.unwrap();
+        }
+        std::fs::remove_file(state.vm("a").join("run.json")).unwrap_or_default();
+        let seen = driver.list().await.unwrap().remove(0);
+        let expected = if killed_after_launch {
+            "running"
+        } else {
+            "stopped"
+        };
+        assert_eq!(seen.facts.status, expected, "{}", seen.message);
+        assert_eq!(seen.generation, 13);
+    }
+    let again = driver.restart("a", 13).await.unwrap();
+    assert_eq!(again.port_forwarding, ports);
+    driver.ready("a", true).await.unwrap();
+    let mark = script("cat /srv/www/mark", 60);
+    let mark = driver.run_script("a", &mark).await.unwrap();
+    assert_eq!(mark.stdout, "disk-of-a\n");
     driver.delete("a").await.unwrap();
     driver.delete("b").await.unwrap();
     assert!(driver.list().await.unwrap().is_empty());

@@ -167,6 +167,28 @@ pub(super) fn terminate(state: &mut State, id: &InstanceId) -> Applied {
     Ok(Outcome::Done)
 }
 
+/// A new generation of the same VM: its node acts on it once, and what it still says of the former one
+/// is stale.
+pub(super) fn restart(state: &mut State, id: &InstanceId) -> Applied {
+    let instance = state.instances.get(id).ok_or_else(|| unknown(id))?;
+    let node = match (instance.state, &instance.node) {
+        (InstanceState::Stopping, _) => return Ok(Outcome::Done),
+        (InstanceState::Started | InstanceState::Stopped, Some(node)) => node.clone(),
+        (other, _) => {
+            return Err(Refusal::Conflict(format!(
+                "the instance is {}: only one that is Started or Stopped can be restarted",
+                other.as_str()
+            )));
+        }
+    };
+    state.edit_instance(id, |i| {
+        i.state = InstanceState::Stopping;
+        i.generation = i.generation.saturating_add(1);
+    });
+    state.bump_desired(&node);
+    Ok(Outcome::Done)
+}
+
 /// The end of an instance: from now on only the retention keeps it.
 pub(super) fn end(state: &mut State, id: &InstanceId, last: InstanceState) {
     let now = state.clock_ms;

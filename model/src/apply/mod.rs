@@ -34,6 +34,7 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
             metadata,
         } => instance::update(state, id, name.as_ref(), external_id.as_ref(), metadata),
         Command::TerminateInstance { id } => instance::terminate(state, id),
+        Command::RestartInstance { id } => instance::restart(state, id),
         Command::Bind { bindings } => bind::bind(state, bindings),
         Command::Observe { node, changes } => observe::observe(state, node, changes),
         Command::ExpireInstances { ids, retention_ms } => {

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! Scheduling -> Pulling -> Started <-> Stopped        Rejected: back to Scheduling, unbound,
-//!      \____________\_________\__________\___ Error             only before the first Started
+//!      \            \      Stopping -> Started          only before the first Started
+//!      \____________\_________\__________\___ Error
 //! Terminating -- Gone --> Terminated                  Gone elsewhere: Error "VM disappeared"
 //! ```
 //! Of an ended instance only one thing still counts: that what was left of it is gone.
@@ -90,7 +91,7 @@ fn step<'a>(instance: &Instance, phase: &'a ObservedPhase) -> Step<'a> {
         (_, Seen::Rejected(why)) => Step::Fail(why),
 
         (Scheduling, Seen::Pulling) => Step::To(Pulling),
-        (Scheduling | Pulling | Stopped, Seen::Running) => Step::To(Started),
+        (Scheduling | Pulling | Stopping | Stopped, Seen::Running) => Step::To(Started),
         (Scheduling | Pulling | Started | Stopping, Seen::Stopped) => Step::To(Stopped),
         (
             Scheduling | Pulling | Started | Stopping | Stopped | Pushing,

@@ -59,7 +59,7 @@ fn tells_news(instance: &Instance, seen: &Observation) -> bool {
         (S::Error | S::Terminating, _) => false,
         (_, P::Failed(_) | P::Rejected(_) | P::Gone) => true,
         (S::Scheduling, P::Pulling) => true,
-        (S::Scheduling | S::Pulling | S::Stopped, P::Running) => true,
+        (S::Scheduling | S::Pulling | S::Stopping | S::Stopped, P::Running) => true,
         (S::Scheduling | S::Pulling | S::Started | S::Stopping, P::Stopped) => true,
         (_, P::Pulling | P::Starting | P::Running | P::Stopped) => false,
     };

@@ -299,7 +299,7 @@ impl Runner {
             | "artifact-lost"
             | "delete-artifact"
             | "delete-artifact-tag" => artifact_command(verb, args),
-            "start" | "update" | "terminate" | "expire" => instance_command(verb, args),
+            "start" | "update" | "restart" | "terminate" | "expire" => instance_command(verb, args),
             "bind" | "place" => self.bind_command(verb, args),
             "observe" => self.observe_command(args),
             "publish" | "held" | "lost-copy" | "retire" | "revert" | "delete-tag"
@@ -473,6 +473,9 @@ fn instance_command(verb: &str, args: &Words<'_>) -> Command {
                 .collect(),
         },
         "terminate" => Command::TerminateInstance {
+            id: args.bare[0].into(),
+        },
+        "restart" => Command::RestartInstance {
             id: args.bare[0].into(),
         },
         _ => Command::ExpireInstances {

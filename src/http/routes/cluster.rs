@@ -3,15 +3,18 @@
 
 use crate::http::ApiState;
 use crate::http::envelope;
+use crate::http::openapi::Answer;
 use axum::extract::State;
 use axum::response::Response;
 use mainstay_model::MemberId;
 use mainstay_model::feature::SUPPORTED;
 use mainstay_raft::{Agreement, MemberStatus, Role, Status};
 use serde::Serialize;
+use utoipa::ToSchema;
 
-#[derive(Serialize)]
-struct MemberView<'a> {
+#[derive(Serialize, ToSchema)]
+#[schema(as = Member)]
+pub(super) struct MemberView<'a> {
     id: String,
     name: &'a str,
     api_url: &'a str,
@@ -50,6 +53,9 @@ impl<'a> MemberView<'a> {
     }
 }
 
+#[utoipa::path(get, path = "/api/v1/members", tag = "members", operation_id = "get_members",
+    summary = "The members as this one knows them; answers without a quorum",
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Vec<MemberView<'_>>>)))]
 pub(super) async fn members(State(api): State<ApiState>) -> Response {
     let status = api.app.group().status();
     let all = status.members.iter();
@@ -65,8 +71,9 @@ pub(super) async fn members(State(api): State<ApiState>) -> Response {
     envelope::ok(&all)
 }
 
-#[derive(Serialize)]
-struct StatusRow<'a> {
+#[derive(Serialize, ToSchema)]
+#[schema(as = MemberStatus)]
+pub(super) struct StatusRow<'a> {
     name: &'a str,
     id: String,
     cluster_id: &'a str,
@@ -86,6 +93,9 @@ struct StatusRow<'a> {
 }
 
 /// This member's row of `mainstay status`.
+#[utoipa::path(get, path = "/api/v1/cluster/status", tag = "members", operation_id = "get_cluster_status",
+    summary = "How this member is; answers without a quorum",
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<StatusRow<'_>>)))]
 pub(super) async fn status(State(api): State<ApiState>) -> Response {
     let status = api.app.group().status();
     let me = status.members.get(&status.id);

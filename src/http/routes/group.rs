@@ -5,12 +5,31 @@ use crate::http::ApiState;
 use crate::http::envelope::{self, Call, wrong};
 use crate::http::error::ApiError;
 use crate::http::nodes::GroupView;
+use crate::http::openapi::{Answer, Done};
+use crate::http::requests;
 use axum::extract::State;
 use axum::response::Response;
 use mainstay_model::command::Command;
 use mainstay_model::group::Group;
 use mainstay_model::{GroupId, NodeId};
+use serde::Serialize;
+use utoipa::ToSchema;
 
+/// What a read shows.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only described")]
+pub(super) enum Groups<'a> {
+    /// Without an id.
+    All(Vec<GroupView<'a>>),
+    /// With an id.
+    One(GroupView<'a>),
+}
+
+#[utoipa::path(get, path = "/api/v1/group", tag = "groups", operation_id = "get_group",
+    summary = "List node groups, or show one",
+    params(requests::Read),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Groups<'_>>)))]
 pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = call.text("id")?.map(GroupId::from);
     let reading = api.read(&call).await?;
@@ -23,6 +42,11 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
 }
 
 /// Answers the group. A retry with the same `Idempotency-Key` names the same group.
+#[utoipa::path(post, path = "/api/v1/group", tag = "groups", operation_id = "post_group",
+    summary = "Create a node group; answers it",
+    params(requests::Once),
+    request_body(content = requests::NewGroup, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<GroupView<'_>>)))]
 pub(super) async fn create(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let group = Group {
         id: GroupId(call.instance_id(0).0),
@@ -38,6 +62,11 @@ pub(super) async fn create(State(api): State<ApiState>, call: Call) -> Result<Re
 }
 
 /// What is not given stays as it is; an explicitly empty description or fallback ends it.
+#[utoipa::path(put, path = "/api/v1/group", tag = "groups", operation_id = "put_group",
+    summary = "Change a node group",
+    params(requests::About, requests::Once),
+    request_body(content = requests::GroupChange, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = GroupId::from(call.required("id")?);
     let name = call.text("name")?;
@@ -70,6 +99,10 @@ pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Re
     Ok(envelope::done())
 }
 
+#[utoipa::path(delete, path = "/api/v1/group", tag = "groups", operation_id = "delete_group",
+    summary = "Delete a node group: nodes leave it, fallbacks to it end",
+    params(requests::About, requests::Once),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = GroupId::from(call.required("id")?);
     api.app
@@ -78,10 +111,20 @@ pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Re
     Ok(envelope::done())
 }
 
+#[utoipa::path(post, path = "/api/v1/node/group", tag = "groups", operation_id = "post_node_group",
+    summary = "Put nodes into groups",
+    params(requests::Once),
+    request_body(content = requests::NodeGroups, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn join(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     change(&api, &call, true).await
 }
 
+#[utoipa::path(delete, path = "/api/v1/node/group", tag = "groups", operation_id = "delete_node_group",
+    summary = "Take nodes out of groups",
+    params(requests::Once),
+    request_body(content = requests::NodeGroups, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn leave(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     change(&api, &call, false).await
 }

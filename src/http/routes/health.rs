@@ -4,6 +4,8 @@ use crate::app::{Consistency, STATUS_DEADLINE};
 use crate::http::ApiState;
 use crate::http::envelope::{self, Call};
 use crate::http::error::ApiError;
+use crate::http::openapi::Answer;
+use crate::http::requests::Fresh;
 use crate::stamp;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -12,6 +14,7 @@ use mainstay_model::State as Cloud;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
+use utoipa::ToSchema;
 
 /// A probe must not wait longer for a quorum.
 const READY_DEADLINE: Duration = Duration::from_secs(2);
@@ -19,6 +22,9 @@ const READY_DEADLINE: Duration = Duration::from_secs(2);
 const RATE_WINDOW_MS: u64 = 60_000;
 
 /// 200 unless this member has stopped for good.
+#[utoipa::path(get, path = "/livez", tag = "health", operation_id = "get_livez",
+    summary = "Is this process alive?",
+    responses((status = 200, description = "Alive", body = String, content_type = "text/plain")))]
 pub(super) async fn alive(State(api): State<ApiState>) -> Result<Response, ApiError> {
     match api.app.group().status().fault {
         None => Ok("ok".into_response()),
@@ -29,13 +35,17 @@ pub(super) async fn alive(State(api): State<ApiState>) -> Result<Response, ApiEr
 }
 
 /// 200 once reads here see every acknowledged write.
+#[utoipa::path(get, path = "/readyz", tag = "health", operation_id = "get_readyz",
+    summary = "Do reads here see every acknowledged write?",
+    responses((status = 200, description = "Ready", body = String, content_type = "text/plain")))]
 pub(super) async fn ready(State(api): State<ApiState>) -> Result<Response, ApiError> {
     api.barrier(READY_DEADLINE).await?;
     Ok("ok".into_response())
 }
 
-#[derive(Serialize)]
-struct StatusBody<'a> {
+#[derive(Serialize, ToSchema)]
+#[schema(as = Status)]
+pub(super) struct StatusBody<'a> {
     status: &'static str,
     version: &'a str,
     registry_address: &'a str,
@@ -44,6 +54,10 @@ struct StatusBody<'a> {
 }
 
 /// Clients take any answer for "the cloud is up", so it waits for a quorum.
+#[utoipa::path(get, path = "/api/v1/status", tag = "health", operation_id = "get_status",
+    summary = "What runs here, with a quorum behind it",
+    params(Fresh),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<StatusBody<'_>>)))]
 pub(super) async fn status(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     if call.consistency()? == Consistency::Linearizable {
         api.barrier(STATUS_DEADLINE).await?;
@@ -66,14 +80,19 @@ pub(super) async fn status(State(api): State<ApiState>, call: Call) -> Result<Re
 }
 
 /// No login method has to be set up: an object without members.
+#[utoipa::path(get, path = "/config/v1/auth", tag = "health", operation_id = "get_config_auth",
+    summary = "Login methods that are set up: none",
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<BTreeMap<String, String>>)))]
 pub(super) async fn login_methods() -> Response {
     envelope::ok(&BTreeMap::<&str, ()>::new())
 }
 
-#[derive(Debug, PartialEq, Serialize)]
-struct Stats {
+#[derive(Debug, PartialEq, Serialize, ToSchema)]
+pub(super) struct Stats {
     average_queue_time: f64,
     tasks_per_second: f64,
+    /// By state
+    #[schema(value_type = BTreeMap<String, u64>)]
     instances: BTreeMap<&'static str, u64>,
     nodes: u64,
     templates: u64,
@@ -81,6 +100,10 @@ struct Stats {
     chunk_bytes: u64,
 }
 
+#[utoipa::path(get, path = "/api/v1/stats", tag = "health", operation_id = "get_stats",
+    summary = "Figures of the whole",
+    params(Fresh),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Stats>)))]
 pub(super) async fn stats(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let chunks = (api.about.registry)().chunks;
     let reading = api.read(&call).await?;

@@ -1,15 +1,21 @@
-//! Instances: list, show, start, change, terminate.
+//! Instances: list, show, start, change, restart, terminate.
 
 use crate::app::{AppError, Consistency};
 use crate::http::envelope::{self, Call};
 use crate::http::error::ApiError;
-use crate::http::instances::{InstanceList, InstanceView};
+use crate::http::instances::{InstanceList, InstanceView, Instances};
+use crate::http::openapi::{Answer, Done};
+use crate::http::requests;
 use crate::http::{ApiState, start};
 use axum::extract::State;
 use axum::response::Response;
 use mainstay_model::command::Command;
 use mainstay_model::{InstanceId, Outcome, Refusal};
 
+#[utoipa::path(get, path = "/api/v1/vm", tag = "instances", operation_id = "get_vm",
+    summary = "List instances, or show one",
+    params(requests::Read),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Instances<'_>>)))]
 pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = call.text("id")?.map(InstanceId::from);
     let reading = api.read(&call).await?;
@@ -24,6 +30,11 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
     Ok(reading.finish(response))
 }
 
+#[utoipa::path(post, path = "/api/v1/vm", tag = "instances", operation_id = "post_vm",
+    summary = "Start instances of a template, all or none; answers their ids",
+    params(requests::Once),
+    request_body(content = requests::Start, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Vec<String>>)))]
 pub(super) async fn start(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let (command, ids) = start::command(&call)?;
     match api.app.submit_as(call.command_id(), command).await {
@@ -45,6 +56,11 @@ async fn started(api: &ApiState, ids: &[InstanceId]) -> Result<bool, ApiError> {
     Ok(ids.iter().any(|id| state.instances.contains_key(id)))
 }
 
+#[utoipa::path(put, path = "/api/v1/vm", tag = "instances", operation_id = "put_vm",
+    summary = "Change name, external id, metadata",
+    params(requests::About, requests::Once),
+    request_body(content = requests::Change, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let command = Command::UpdateInstance {
         id: InstanceId::from(call.required("id")?),
@@ -56,6 +72,11 @@ pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Re
     Ok(envelope::done())
 }
 
+#[utoipa::path(delete, path = "/api/v1/vm", tag = "instances", operation_id = "delete_vm",
+    summary = "Terminate an instance; idempotent",
+    params(requests::Once),
+    request_body(content = requests::Id, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn terminate(
     State(api): State<ApiState>,
     call: Call,
@@ -67,7 +88,28 @@ pub(super) async fn terminate(
     Ok(envelope::done())
 }
 
+/// Answers as soon as it is decided; that it is done shows in `start_date`.
+#[utoipa::path(post, path = "/api/v1/rpc/vm/restart", tag = "instances", operation_id = "post_rpc_vm_restart",
+    summary = "End a VM at once and start it again on its disk",
+    params(requests::Once),
+    request_body(content = requests::Restart, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
+pub(super) async fn restart(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+    let id = call
+        .text("instance_id")?
+        .map_or_else(|| call.required("id"), Ok);
+    let id = id.map_err(|_| ApiError::bad("instance_id is required"))?;
+    start::refuse(&call, &["usb_device", "vnc_password"])?;
+    let command = Command::RestartInstance { id: id.into() };
+    api.app.submit_as(call.command_id(), command).await?;
+    Ok(envelope::done())
+}
+
 /// Save-image requests: none can be made yet, so there are none.
+#[utoipa::path(get, path = "/api/v1/image", tag = "instances", operation_id = "get_image",
+    summary = "Save-image requests: there are none yet",
+    params(requests::Read),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Vec<String>>)))]
 pub(super) async fn saved_images(call: Call) -> Result<Response, ApiError> {
     match call.text("id")? {
         None => Ok(envelope::ok::<[(); 0]>(&[])),

@@ -15,6 +15,9 @@ use std::fmt::Write as _;
 /// The text format's version that is spoken.
 const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+#[utoipa::path(get, path = "/metrics", tag = "health", operation_id = "get_metrics",
+    summary = "Figures in the Prometheus text format",
+    responses((status = 200, description = "Figures of this member, and of the cloud as it sees it", body = String, content_type = "text/plain")))]
 pub(super) async fn metrics(State(api): State<ApiState>) -> Response {
     let group = api.app.group();
     let mut page = Page::default();

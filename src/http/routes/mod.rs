@@ -2,6 +2,7 @@
 
 mod cluster;
 mod group;
+mod hardware;
 mod health;
 mod instance;
 mod metrics;
@@ -10,44 +11,75 @@ mod snapshot;
 mod template;
 
 use super::ApiState;
+use super::openapi;
 use axum::Router;
-use axum::routing::{delete, get, post, put};
+use axum::routing::get;
+use http::header::CONTENT_TYPE;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
-/// Every route of the dialect that is served.
+/// Every route of the dialect that is served, and the document that describes them.
 pub(super) fn all() -> Router<ApiState> {
-    let vm = get(instance::get)
-        .post(instance::start)
-        .put(instance::update)
-        .delete(instance::terminate);
-    let groups = get(group::get)
-        .post(group::create)
-        .put(group::update)
-        .delete(group::remove);
-    Router::new()
-        .route("/livez", get(health::alive))
-        .route("/readyz", get(health::ready))
-        .route("/metrics", get(metrics::metrics))
-        .route("/config/v1/auth", get(health::login_methods))
-        .route("/api/v1/status", get(health::status))
-        .route("/api/v1/stats", get(health::stats))
-        .route("/api/v1/vm", vm)
-        .route("/api/v1/node", get(node::get).delete(node::remove))
-        .route("/api/v1/node/config", post(node::configure))
-        .route("/api/v1/node/group", post(group::join).delete(group::leave))
-        .route("/api/v1/group", groups)
-        .route("/api/v1/image", get(instance::saved_images))
-        .route(
-            "/api/v1/registry/vm",
-            get(template::get).delete(template::remove),
-        )
-        .route(
-            "/api/v1/registry/tag",
-            put(template::describe).delete(template::remove_tag),
-        )
-        .route("/api/v1/registry/revert", delete(template::revert))
-        .route("/api/v1/registry/disk", get(template::disk))
-        .route("/api/v1/members", get(cluster::members))
-        .route("/api/v1/cluster/status", get(cluster::status))
-        .route("/api/v1/snapshot", get(snapshot::save))
+    let (routes, document) = described().split_for_parts();
+    let text = openapi::encode(openapi::finish(document));
+    let answer = move || {
+        let text = text.clone();
+        async move { text.map(|text| ([(CONTENT_TYPE, "application/json")], text)) }
+    };
+    routes.route(openapi::PATH, get(answer))
+}
+
+fn described() -> OpenApiRouter<ApiState> {
+    work().merge(machines()).merge(cluster_and_templates())
+}
+
+fn work() -> OpenApiRouter<ApiState> {
+    OpenApiRouter::new()
+        .routes(routes!(
+            instance::get,
+            instance::start,
+            instance::update,
+            instance::terminate
+        ))
+        .routes(routes!(instance::restart))
+        .routes(routes!(instance::saved_images))
+        .routes(routes!(health::alive))
+        .routes(routes!(health::ready))
+        .routes(routes!(metrics::metrics))
+        .routes(routes!(health::login_methods))
+        .routes(routes!(health::status))
+        .routes(routes!(health::stats))
+}
+
+fn machines() -> OpenApiRouter<ApiState> {
+    OpenApiRouter::new()
+        .routes(routes!(node::get, node::remove))
+        .routes(routes!(node::configure))
+        .routes(routes!(group::join, group::leave))
+        .routes(routes!(
+            group::get,
+            group::create,
+            group::update,
+            group::remove
+        ))
+        .routes(routes!(hardware::usb))
+        .routes(routes!(hardware::vlan))
+        .routes(routes!(
+            hardware::mac_addresses,
+            hardware::fill,
+            hardware::purge
+        ))
+        .routes(routes!(hardware::update_agents))
+}
+
+fn cluster_and_templates() -> OpenApiRouter<ApiState> {
+    OpenApiRouter::new()
+        .routes(routes!(template::get, template::remove))
+        .routes(routes!(template::describe, template::remove_tag))
+        .routes(routes!(template::revert))
+        .routes(routes!(template::disk))
+        .routes(routes!(cluster::members))
+        .routes(routes!(cluster::status))
+        .routes(routes!(snapshot::save))
         .merge(super::members::routes())
 }

@@ -3,7 +3,9 @@
 use crate::http::ApiState;
 use crate::http::envelope::{self, Call, wrong};
 use crate::http::error::ApiError;
-use crate::http::nodes::NodeList;
+use crate::http::nodes::{NodeList, NodeView};
+use crate::http::openapi::{Answer, Done};
+use crate::http::requests;
 use axum::extract::State;
 use axum::response::Response;
 use mainstay_model::NodeId;
@@ -13,6 +15,10 @@ use mainstay_model::node::{CapacityMode, NodeConfig};
 /// Largest override that is taken for meant: vCPUs, or GB of memory.
 const OVERRIDE_MAX: u64 = 1 << 20;
 
+#[utoipa::path(get, path = "/api/v1/node", tag = "nodes", operation_id = "get_node",
+    summary = "List nodes, or an array of the one asked for",
+    params(requests::Read),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Vec<NodeView<'_>>>)))]
 pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = call.text("id")?.map(NodeId::from);
     let reading = api.read(&call).await?;
@@ -27,6 +33,11 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
     Ok(reading.finish(response))
 }
 
+#[utoipa::path(post, path = "/api/v1/node/config", tag = "nodes", operation_id = "post_node_config",
+    summary = "Configure a node",
+    params(requests::Once),
+    request_body(content = requests::NodeConfig, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn configure(
     State(api): State<ApiState>,
     call: Call,
@@ -66,6 +77,11 @@ fn config(call: &Call) -> Result<NodeConfig, ApiError> {
     })
 }
 
+#[utoipa::path(delete, path = "/api/v1/node", tag = "nodes", operation_id = "delete_node",
+    summary = "Remove a node that is gone; its live instances become Error",
+    params(requests::Once),
+    request_body(content = requests::NodeId, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = match call.text("node_id")? {
         Some(id) => id,

@@ -20,6 +20,9 @@ const PIECES: usize = 4;
 /// A client that takes nothing for this long is cut off: it holds a file and a thread.
 const STALL_MAX: Duration = Duration::from_secs(60);
 
+#[utoipa::path(get, path = "/api/v1/snapshot", tag = "members", operation_id = "get_snapshot",
+    summary = "The whole state as one file",
+    responses((status = 200, description = "What mainstay snapshot verify reads", body = Vec<u8>, content_type = "application/octet-stream")))]
 pub(super) async fn save(State(api): State<ApiState>) -> Result<Response, ApiError> {
     let Ok(permit) = api.saves.clone().try_acquire_owned() else {
         return Err(ApiError::unavailable(

@@ -3,13 +3,20 @@
 use crate::http::ApiState;
 use crate::http::envelope::{self, Call};
 use crate::http::error::ApiError;
-use crate::http::templates::{TemplateList, TemplateView};
+use crate::http::openapi::{Answer, Done};
+use crate::http::requests;
+use crate::http::templates::{TemplateList, TemplateView, Templates};
 use axum::extract::State;
 use axum::response::Response;
 use mainstay_model::TemplateId;
 use mainstay_model::command::{Command, TagSelector};
 use serde::Serialize;
+use utoipa::ToSchema;
 
+#[utoipa::path(get, path = "/api/v1/registry/vm", tag = "templates", operation_id = "get_registry_vm",
+    summary = "List templates, or show one with its tags",
+    params(requests::ReadTemplates),
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Templates<'_>>)))]
 pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = call.text("id")?.map(TemplateId::from);
     let short = call.text("apiVer")?.as_deref() == Some("v1");
@@ -25,6 +32,10 @@ pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Respo
     Ok(reading.finish(response))
 }
 
+#[utoipa::path(delete, path = "/api/v1/registry/vm", tag = "templates", operation_id = "delete_registry_vm",
+    summary = "Delete a template with all its tags",
+    params(requests::About, requests::Once),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let command = Command::DeleteTemplate {
         id: TemplateId::from(call.required("id")?),
@@ -33,6 +44,10 @@ pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Re
     Ok(envelope::done())
 }
 
+#[utoipa::path(delete, path = "/api/v1/registry/revert", tag = "templates", operation_id = "delete_registry_revert",
+    summary = "Delete a tag and every later one; the latest when none is named",
+    params(requests::Tag, requests::Once),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn revert(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let id = TemplateId::from(call.required("id")?);
     let selector = selector(&call)?;
@@ -43,6 +58,10 @@ pub(super) async fn revert(State(api): State<ApiState>, call: Call) -> Result<Re
 }
 
 /// One tag and no other: not what `revert` does.
+#[utoipa::path(delete, path = "/api/v1/registry/tag", tag = "templates", operation_id = "delete_registry_tag",
+    summary = "Delete one tag and no other",
+    params(requests::Tag, requests::Once),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn remove_tag(
     State(api): State<ApiState>,
     call: Call,
@@ -60,6 +79,11 @@ pub(super) async fn remove_tag(
 }
 
 /// What is said of a tag.
+#[utoipa::path(put, path = "/api/v1/registry/tag", tag = "templates", operation_id = "put_registry_tag",
+    summary = "Change what is said of a tag",
+    params(requests::Once),
+    request_body(content = requests::Words, content_type = "application/json"),
+    responses((status = 200, description = "OK, or FAIL and why", body = Done)))]
 pub(super) async fn describe(
     State(api): State<ApiState>,
     call: Call,
@@ -98,13 +122,16 @@ fn selector(call: &Call) -> Result<Option<TagSelector>, ApiError> {
         .map(TagSelector::Number))
 }
 
-#[derive(Serialize)]
-struct Room {
+#[derive(Serialize, ToSchema)]
+pub(super) struct Room {
     free: u64,
     total: u64,
 }
 
 /// Room for templates on this member's disk.
+#[utoipa::path(get, path = "/api/v1/registry/disk", tag = "templates", operation_id = "get_registry_disk",
+    summary = "Room for templates on this member's disk, in bytes",
+    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Room>)))]
 pub(super) async fn disk(State(api): State<ApiState>) -> Result<Response, ApiError> {
     match (api.about.disk)() {
         Some(disk) => Ok(envelope::ok(&Room {

@@ -1,7 +1,8 @@
 //! The folder of a VM: paths, and the two small files that outlive us.
 //!
 //! `spec.json` says what the VM is; it is in place, with the overlay, before the folder has its final
-//! name. `run.json` says that QEMU has been started; a folder without it holds nothing worth keeping.
+//! name. `run.json` says that QEMU has been started; a folder without it holds nothing worth keeping,
+//! unless `spec.json` says that it is being started again.
 
 use super::super::{DriverError, VmSpec, check_id, now_ms};
 use crate::wire::PortRule;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// Version of `spec.json` and `run.json`.
 const VERSION: u32 = 1;
 
-/// What the VM is. Written once.
+/// What the VM is. Written once, and before each restart.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Spec {
     version: u32,
@@ -29,6 +30,12 @@ pub(super) struct Spec {
     /// Versioned machine type: a newer QEMU must not change a VM's hardware.
     pub(super) machine: String,
     pub(super) created_ms: u64,
+    /// It has run before: its disk is worth keeping even where no `run.json` says so.
+    #[serde(default)]
+    pub(super) ran: bool,
+    /// The ports it had before it was restarted.
+    #[serde(default)]
+    pub(super) had: Vec<PortRule>,
 }
 
 impl Spec {
@@ -48,6 +55,8 @@ impl Spec {
             host_ip: spec.host_ip.clone(),
             machine: machine.to_string(),
             created_ms: now_ms(),
+            ran: false,
+            had: Vec::new(),
         }
     }
 }
@@ -130,6 +139,20 @@ impl VmDir {
 
     pub(super) fn set_run(&self, run: &Run) -> Result<(), DriverError> {
         write(&self.file("run.json"), run).map_err(|e| self.error("keep the state", &e))
+    }
+
+    /// A new generation of the VM that is to be started again. Its end is durable before what was known of
+    /// its last run goes: a folder with neither would be taken for one that never ran.
+    pub(super) fn set_again(&self, spec: &Spec) -> Result<(), DriverError> {
+        let write = || {
+            write(&self.file("spec.json"), spec)?;
+            std::fs::File::open(self.path())?.sync_all()?;
+            match std::fs::remove_file(self.file("run.json")) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+                _ => Ok(()),
+            }
+        };
+        write().map_err(|e| self.error("write down the restart", &e))
     }
 
     /// An empty folder to make the VM in.

@@ -19,11 +19,17 @@ impl QemuDriver {
     /// Start QEMU for the folder of `vm`, which must have none.
     pub(super) async fn launch(&self, vm: &Arc<Vm>, spec: &Spec) -> Result<Run, DriverError> {
         for attempt in 1.. {
-            let forwards = choose_ports(&spec.forwards, self.config.bind, self.config.ports)?;
+            // Who knows a VM by its ports finds it there after a restart.
+            let same = attempt == 1 && !spec.had.is_empty();
+            let forwards = if same {
+                spec.had.clone()
+            } else {
+                choose_ports(&spec.forwards, self.config.bind, self.config.ports)?
+            };
             match self.spawn(vm, spec, &forwards).await {
                 Ok(()) => break,
                 Err(e) if !e.to_string().contains("host forwarding rule") => return Err(e),
-                Err(e) if forwards == spec.forwards || attempt == PORT_ATTEMPTS => {
+                Err(e) if !same && (forwards == spec.forwards || attempt == PORT_ATTEMPTS) => {
                     return Err(DriverError::Busy(format!(
                         "a port is in use on this node: {e}"
                     )));

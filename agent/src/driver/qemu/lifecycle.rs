@@ -48,6 +48,37 @@ impl QemuDriver {
         Ok(facts(&spec, &run, "running"))
     }
 
+    /// A process that ran for the former generation ends; whatever of this was done before is not done again.
+    pub(super) async fn restart_locked(
+        &self,
+        vm: &Arc<Vm>,
+        generation: u64,
+    ) -> Result<VmFacts, DriverError> {
+        let Some(mut spec) = vm.dir.spec()? else {
+            return Err(DriverError::Failed(format!("there is no VM {}", vm.dir.id)));
+        };
+        let run = vm.dir.run()?;
+        if spec.ran
+            && spec.generation == generation
+            && let Some(pid) = vm.process()?
+            && let Some(seen) = self.look(vm, &spec, run.clone(), Some(pid)).await?
+            && seen.facts.status == "running"
+        {
+            return Ok(seen.facts);
+        }
+        self.force(vm).await?;
+        *vm.qmp.lock().await = None;
+        *vm.qga.lock().await = None;
+        spec.generation = generation;
+        spec.ran = true;
+        if let Some(run) = run {
+            spec.had = run.forwards;
+        }
+        vm.dir.set_again(&spec)?;
+        let run = self.launch(vm, &spec).await?;
+        Ok(facts(&spec, &run, "running"))
+    }
+
     /// The folder, complete but for the process.
     async fn make(&self, vm: &Arc<Vm>, wanted: &VmSpec) -> Result<Spec, DriverError> {
         self.tools
@@ -78,7 +109,7 @@ impl QemuDriver {
             // Being started now, or its start was interrupted. In the latter case either QEMU came
             // to be and is adopted, or nothing ever ran here and nothing is lost.
             let Ok(_lock) = vm.lifecycle.try_lock() else {
-                return Ok(None);
+                return Ok(spec.ran.then(|| self.between(&spec, "being restarted")));
             };
             let pid = vm.process()?;
             let seen = self.look(vm, &spec, vm.dir.run()?, pid).await?;
@@ -110,6 +141,9 @@ impl QemuDriver {
                     return Ok(Some(seen(spec, &run, "running", e.to_string())));
                 }
             },
+            (None, None) if spec.ran => {
+                return Ok(Some(self.between(spec, "its restart was interrupted")));
+            }
             (None, None) => return Ok(None),
         };
         let (status, message) = match pid {
@@ -117,6 +151,12 @@ impl QemuDriver {
             None => self.status_of_ended(vm).await,
         };
         Ok(Some(seen(spec, &run, status, message)))
+    }
+
+    /// Ended for a restart, and not started again yet.
+    fn between(&self, spec: &Spec, why: &str) -> VmSeen {
+        let run = Run::new(self.acceleration.label(), Vec::new());
+        seen(spec, &run, "stopped", why.to_owned())
     }
 
     async fn status_of_running(&self, vm: &Arc<Vm>) -> (&'static str, String) {

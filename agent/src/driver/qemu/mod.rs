@@ -92,7 +92,7 @@ pub struct QemuDriver {
 /// What this process holds of one VM: only connections and their locks, all of which can be made again.
 struct Vm {
     dir: VmDir,
-    /// Held by whoever makes, stops or removes it.
+    /// Held by whoever makes, restarts, stops or removes it.
     lifecycle: tokio::sync::Mutex<()>,
     qmp: tokio::sync::Mutex<Option<Arc<qmp::Qmp>>>,
     qga: tokio::sync::Mutex<Option<qga::Qga>>,
@@ -214,6 +214,12 @@ impl Driver for QemuDriver {
     async fn run_script(&self, id: &str, script: &Script) -> Result<ScriptResult, DriverError> {
         let vm = self.vm(id)?;
         self.script(&vm, script).await
+    }
+
+    async fn restart(&self, id: &str, generation: u64) -> Result<VmFacts, DriverError> {
+        let vm = self.vm(id)?;
+        let _lock = vm.lifecycle.lock().await;
+        self.restart_locked(&vm, generation).await
     }
 
     async fn stop(&self, id: &str) -> Result<(), DriverError> {

@@ -91,7 +91,7 @@ impl World {
     }
 
     fn wish(&mut self) -> Option<Command> {
-        match self.random.below(30) {
+        match self.random.below(32) {
             0..=11 => self.start(),
             12..=21 => {
                 let id = self.any_instance()?;
@@ -104,6 +104,10 @@ impl World {
                 self.random.one_in(2).then_some(Command::RemoveNode { id })
             }
             26..=27 => Some(self.regroup()),
+            30..=31 => {
+                let id = self.any_instance()?;
+                Some(Command::RestartInstance { id })
+            }
             _ => self.change_templates(),
         }
     }
