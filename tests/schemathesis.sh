@@ -29,5 +29,5 @@ done
 for member in 0 100 200; do
     "$home/venv/bin/schemathesis" run "http://127.0.0.1:$((port + member))/openapi.json" \
         --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,response_headers_conformance \
-        --exclude-path-regex '^/api/v1/member/' --max-examples "$examples" --workers 2 --generation-deterministic
+        --exclude-path-regex '^/api/v1/member/' --max-examples "$examples" --workers 1 --generation-deterministic
 done

@@ -9,6 +9,7 @@ use super::exchange::Exchange;
 use crate::app::{App, Consistency};
 use axum::body::Bytes;
 use futures::Stream;
+use futures::StreamExt as _;
 use mainstay_model::NodeId;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -106,6 +107,7 @@ impl Streams {
             let bytes = line.next().await?;
             Some((Ok(bytes), line))
         })
+        .fuse()
     }
 }
 

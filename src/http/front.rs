@@ -9,7 +9,9 @@ use axum::response::{IntoResponse, Response};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Method, StatusCode, Uri, header};
 use tower::ServiceExt as _;
-use tower_http::compression::predicate::{DefaultPredicate, Predicate as _, SizeAbove};
+use tower_http::compression::predicate::{
+    DefaultPredicate, NotForContentType, Predicate as _, SizeAbove,
+};
 use tower_http::compression::{CompressionLayer, CompressionLevel};
 
 /// Smaller answers are sent as they are: gzip would not spare a packet.
@@ -20,7 +22,12 @@ const COMPRESS_BYTES_MIN: u16 = 1024;
 pub fn wrap(routes: Router, allow_cors: bool) -> Router {
     let compress = CompressionLayer::new()
         .quality(CompressionLevel::Fastest)
-        .compress_when(DefaultPredicate::new().and(SizeAbove::new(COMPRESS_BYTES_MIN)));
+        .compress_when(
+            DefaultPredicate::new()
+                .and(SizeAbove::new(COMPRESS_BYTES_MIN))
+                // A file: its length is announced, and holds for the bytes as they are.
+                .and(NotForContentType::const_new("application/octet-stream")),
+        );
     let mut routes = routes
         .fallback(async || (StatusCode::NOT_FOUND, "404 page not found\n"))
         .method_not_allowed_fallback(async || ApiError::method())

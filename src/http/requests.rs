@@ -24,6 +24,7 @@ pub struct Read {
     /// One object; all of them when absent
     id: Option<String>,
     /// Default: linearizable
+    #[param(inline)]
     consistency: Option<Consistency>,
 }
 
@@ -32,6 +33,7 @@ pub struct Read {
 #[into_params(parameter_in = Query)]
 pub struct Fresh {
     /// Default: linearizable
+    #[param(inline)]
     consistency: Option<Consistency>,
 }
 
@@ -264,6 +266,7 @@ pub struct ReadTemplates {
     #[serde(rename = "apiVer")]
     api_ver: Option<String>,
     /// Default: linearizable
+    #[param(inline)]
     consistency: Option<Consistency>,
 }
 

@@ -205,7 +205,7 @@ pub(super) async fn send(State(service): State<Arc<RegistryService>>, request: R
     let stream = futures::stream::unfold(receiver, |mut receiver| async move {
         receiver.recv().await.map(|piece| (piece, receiver))
     });
-    let mut response = Body::from_stream(stream).into_response();
+    let mut response = Body::from_stream(stream.fuse()).into_response();
     if let Ok(named) = HeaderValue::try_from(nodes.join(","))
         && !nodes.is_empty()
     {

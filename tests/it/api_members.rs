@@ -243,3 +243,25 @@ async fn a_member_with_another_state_answers_nothing_from_it() {
     assert!(page.text().contains("mainstay_templates 1\n"));
     cluster.stop().await;
 }
+
+/// A client that takes gzip gets the file all the same, with its length; asked for twice, by a member that
+/// lives on.
+#[tokio::test]
+async fn a_snapshot_is_sent_as_it_is() {
+    let cluster = Cluster::start(1).await;
+    for n in 0..40 {
+        let group = json!({"name": format!("group {n}"), "description": "x".repeat(100)});
+        cluster.call(0, "POST", "/api/v1/group", group).await.body();
+    }
+    let plain = cluster.get(0, "/api/v1/snapshot").await;
+    assert!(plain.bytes.len() > 4096);
+    for _ in 0..2 {
+        let request = Request::get("/api/v1/snapshot").header("accept-encoding", "gzip, deflate");
+        let packed = cluster.send(0, request.body(Body::empty()).unwrap()).await;
+        assert_eq!(packed.headers.get("content-encoding"), None);
+        let length = packed.bytes.len().to_string();
+        assert_eq!(packed.headers["content-length"], length.as_str());
+        assert_eq!(packed.bytes.len(), plain.bytes.len());
+    }
+    cluster.stop().await;
+}

@@ -182,7 +182,7 @@ impl Port {
         let pieces = futures::stream::unfold(receiver, |mut receiver| async move {
             receiver.recv().await.map(|piece| (piece, receiver))
         });
-        let body = StreamBody::new(pieces.map(|piece| piece.map(Frame::data)));
+        let body = StreamBody::new(pieces.fuse().map(|piece| piece.map(Frame::data)));
         let mut response = Response::new(BodyExt::boxed_unsync(body));
         response.headers_mut().insert(HELD, held.into());
         response

@@ -9,6 +9,7 @@ use crate::http::error::ApiError;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use futures::StreamExt as _;
 use http::{HeaderValue, header};
 use std::io;
 use std::time::Duration;
@@ -79,7 +80,8 @@ fn stream(export: Export, permit: OwnedSemaphorePermit) -> Body {
         }
         drop(permit);
     });
-    Body::from_stream(futures::stream::unfold(rx, async |mut rx| {
-        rx.recv().await.map(|piece| (piece, rx))
-    }))
+    let pieces =
+        futures::stream::unfold(rx, async |mut rx| rx.recv().await.map(|piece| (piece, rx)));
+    // What wraps a body may ask once more after its end.
+    Body::from_stream(pieces.fuse())
 }

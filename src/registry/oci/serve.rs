@@ -4,6 +4,7 @@
 use crate::registry::transfer::TAKE_MAX;
 use crate::registry::{RegistryService, answer, walk};
 use axum::body::{Body, Bytes};
+use futures::StreamExt as _;
 use mainstay_agent::transfer::{
     CHUNK_LEN, FileEntry, Id, SEGMENT_CHUNKS, ZERO_CHUNK, check_segment, chunk_len_at, segment_ids,
 };
@@ -86,7 +87,8 @@ pub(super) async fn stream(
     let stream = futures::stream::unfold(receiver, |mut receiver| async move {
         receiver.recv().await.map(|piece| (piece, receiver))
     });
-    Ok(Body::from_stream(stream))
+    // What wraps a body may ask once more after its end.
+    Ok(Body::from_stream(stream.fuse()))
 }
 
 /// All of a small file.
