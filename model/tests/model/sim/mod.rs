@@ -149,7 +149,7 @@ fn whatever_happens_no_instance_is_lost_or_runs_twice() {
 /// Can this find anything? Each bug within so many seeds, and none of them without looking.
 #[cfg(feature = "seeded-bugs")]
 #[test]
-#[allow(clippy::print_stderr)]
+#[allow(clippy::print_stderr)] // which seed found what, for who looks
 fn bugs_on_purpose_are_found() {
     use mainstay_model::seeded::{Bug, plant};
     const WITHIN: u64 = 200;
