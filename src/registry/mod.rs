@@ -181,6 +181,8 @@ pub struct RegistryService {
     walks: Semaphore,
     sums: Semaphore,
     read_through: Semaphore,
+    /// MiB of chunks on their way into copies.
+    copied: Semaphore,
     nodes_served: Arc<Semaphore>,
     swarm: swarm::Swarm,
     room: Box<Room>,
@@ -246,6 +248,7 @@ impl RegistryService {
             speeds: speeds::Speeds::default(),
             shy: Mutex::default(),
             read_through: Semaphore::new(READ_THROUGH_MAX),
+            copied: Semaphore::new(replicate::COPIED_MIB_MAX),
             nodes_served: Arc::new(Semaphore::new(NODES_SERVED_MAX)),
             swarm: swarm::Swarm::default(),
             progress: replicas::ProgressMap::default(),

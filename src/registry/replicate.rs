@@ -34,9 +34,14 @@ use tokio::time::Instant;
 /// copies of a member that was away for long do not hold up new pushes.
 const TAGS_AT_ONCE: usize = 2;
 const URGENT_AT_ONCE: usize = 2;
-/// Chunks of one request (8 MiB before compression), and requests at once.
+/// Chunks of one request, what they take before compression, and requests at once.
 const BATCH: usize = 128;
+const BATCH_MIB: u32 = 8;
 const REQUESTS: usize = 4;
+/// The same of a copy. All copies together hold no more than [`COPIED_MIB_MAX`] in memory: one alone then
+/// keeps the network, the cores and the disk busy at the same time.
+const COPY_REQUESTS: usize = 8;
+pub(super) const COPIED_MIB_MAX: usize = 128;
 /// The state may change a thousand times a second; what changed is asked for no more often than this.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// First and longest pause after a failed copy.
@@ -506,12 +511,18 @@ async fn fetch_all(
         let service = Arc::clone(service);
         let sources = service.sources(holders, turn + n);
         async move {
+            // Gone only when the service is.
+            let _memory = match paced {
+                true => service.copied.acquire_many(BATCH_MIB).await.ok(),
+                false => None,
+            };
             let pace = paced.then_some(&service.pace);
             let (rest, said) = service.fetch_at(&batch, &sources, pace).await;
             (batch.len() as u64, rest.len(), said)
         }
     });
-    let mut work = futures::stream::iter(work).buffer_unordered(REQUESTS);
+    let requests = if paced { COPY_REQUESTS } else { REQUESTS };
+    let mut work = futures::stream::iter(work).buffer_unordered(requests);
     while let Some((asked, lacking, said)) = work.next().await {
         if lacking > 0 {
             return Err(format!(

@@ -7,6 +7,8 @@
 
 use super::{Id, TransferError};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use std::cell::RefCell;
+use zstd::bulk::{Compressor, Decompressor};
 
 /// Longest chunk, uncompressed or stored.
 pub const RECORD_LEN_MAX: usize = 8 << 20;
@@ -15,6 +17,30 @@ const RAW: u8 = 0;
 const ZSTD: u8 = 1;
 /// Compressed data is sent only if it is at least this much smaller: 1/20.
 const WORTH_IT: usize = 20;
+
+thread_local! {
+    /// Making these anew for every chunk costs about as much as using them for one.
+    static COMPRESSOR: RefCell<Option<Compressor<'static>>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+fn compress(raw: &[u8]) -> std::io::Result<Vec<u8>> {
+    COMPRESSOR.with_borrow_mut(|kept| {
+        let mut compressor = kept.take().map_or_else(|| Compressor::new(1), Ok)?;
+        let small = compressor.compress(raw);
+        *kept = Some(compressor);
+        small
+    })
+}
+
+fn decompress(data: &[u8], out: &mut [u8]) -> std::io::Result<usize> {
+    DECOMPRESSOR.with_borrow_mut(|kept| {
+        let mut decompressor = kept.take().map_or_else(Decompressor::new, Ok)?;
+        let got = decompressor.decompress_to_buffer(data, out);
+        *kept = Some(decompressor);
+        got
+    })
+}
 
 /// A chunk as it is sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +60,7 @@ impl WireRecord {
     pub fn encode(raw: &[u8]) -> Self {
         let id = *blake3::hash(raw).as_bytes();
         let raw_len = u32::try_from(raw.len()).unwrap_or(u32::MAX);
-        match zstd::bulk::compress(raw, 1) {
+        match compress(raw) {
             Ok(small) if small.len() + raw.len() / WORTH_IT <= raw.len() => Self {
                 id,
                 codec: ZSTD,
@@ -70,7 +96,7 @@ impl WireRecord {
         match self.codec {
             RAW if self.data.len() == out.len() => out.copy_from_slice(&self.data),
             ZSTD => {
-                let got = zstd::bulk::decompress_to_buffer(&self.data, out);
+                let got = decompress(&self.data, out);
                 if got.ok() != Some(out.len()) {
                     return Err(bad("cannot be decompressed to its length"));
                 }
@@ -112,9 +138,10 @@ impl WireRecord {
 
     /// Several records as one body.
     pub fn frame_all<'a>(records: impl IntoIterator<Item = &'a Self>) -> Bytes {
-        let mut out = BytesMut::new();
+        let records: Vec<&Self> = records.into_iter().collect();
+        let len = records.iter().map(|record| record.framed_len()).sum();
+        let mut out = BytesMut::with_capacity(len);
         for record in records {
-            out.reserve(record.framed_len());
             out.put_slice(&record.header());
             out.put_slice(&record.data);
         }

@@ -23,6 +23,7 @@
 
 mod ages;
 mod backend;
+mod behind;
 mod bucket;
 mod collect;
 mod direct;
@@ -290,7 +291,7 @@ impl ChunkStore {
     /// record refuses the whole batch ([`crate::StorageError::BadDigest`]).
     pub fn put(&self, records: Vec<Record>) -> Result<PutReport> {
         for record in &records {
-            record.verify()?;
+            record.check()?;
         }
         let total = records.len() as u64;
         let mut seen = HashSet::with_capacity(records.len());

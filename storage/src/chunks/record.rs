@@ -10,12 +10,44 @@
 use super::{CHUNK_LEN_MAX, ChunkId, Codec, Record};
 use crate::{Result, StorageError};
 use bytes::Bytes;
+use std::cell::RefCell;
+use zstd::bulk::{Compressor, Decompressor};
 
 pub(super) const HEADER_LEN: usize = 56;
 pub(super) const MAGIC: [u8; 4] = *b"MSCK";
 const PADDING: u8 = 255;
 /// Compressed data is kept only if it is at least this much smaller: 1/20.
 const WORTH_IT: usize = 20;
+/// A thread keeps no more room for decompressed bytes than this.
+const SCRATCH_KEPT: usize = 1 << 20;
+
+thread_local! {
+    /// Making these anew for every chunk costs about as much as using them for one.
+    static COMPRESSOR: RefCell<Option<Compressor<'static>>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+fn compress(raw: &[u8]) -> std::io::Result<Vec<u8>> {
+    COMPRESSOR.with_borrow_mut(|kept| {
+        let mut compressor = kept.take().map_or_else(|| Compressor::new(1), Ok)?;
+        let small = compressor.compress(raw);
+        *kept = Some(compressor);
+        small
+    })
+}
+
+/// Into `out`, which is replaced; an error also where that would be more than `len` bytes.
+fn decompress(data: &[u8], len: usize, out: &mut Vec<u8>) -> std::io::Result<()> {
+    out.clear();
+    out.reserve(len);
+    DECOMPRESSOR.with_borrow_mut(|kept| {
+        let mut decompressor = kept.take().map_or_else(Decompressor::new, Ok)?;
+        let got = decompressor.decompress_to_buffer(data, out);
+        *kept = Some(decompressor);
+        got.map(drop)
+    })
+}
 
 /// What a header says.
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +148,7 @@ impl Record {
         if raw.len() > CHUNK_LEN_MAX {
             return Err(refused());
         }
-        match zstd::bulk::compress(raw, 1) {
+        match compress(raw) {
             Ok(small) if small.len() + raw.len() / WORTH_IT <= raw.len() => Ok(Self {
                 id,
                 codec: Codec::Zstd,
@@ -135,23 +167,59 @@ impl Record {
     /// The uncompressed bytes, if they are what the name says. Never allocates more than
     /// [`CHUNK_LEN_MAX`], whatever the record claims.
     pub fn verify(&self) -> Result<Bytes> {
-        let bad = |why: &str| StorageError::BadDigest(format!("{} ({why})", self.id));
-        let raw_len = self.raw_len as usize;
-        if raw_len > CHUNK_LEN_MAX || self.data.len() > CHUNK_LEN_MAX {
-            return Err(bad("longer than a chunk may be"));
-        }
+        self.check_lens()?;
         let raw = match self.codec {
             Codec::Raw => self.data.clone(),
-            Codec::Zstd => zstd::bulk::decompress(&self.data, raw_len)
-                .map_err(|_| bad("cannot be decompressed to its length"))?
-                .into(),
+            Codec::Zstd => {
+                let mut out = Vec::new();
+                self.decompress(&mut out)?;
+                out.into()
+            }
         };
-        if raw.len() != raw_len {
-            return Err(bad("not as long as it claims"));
-        }
-        if ChunkId::of(&raw) != self.id {
-            return Err(bad("other bytes"));
-        }
+        self.check_name(&raw)?;
         Ok(raw)
+    }
+
+    /// The same for who does not need the bytes.
+    pub(super) fn check(&self) -> Result<()> {
+        self.check_lens()?;
+        if self.codec == Codec::Raw {
+            return self.check_name(&self.data);
+        }
+        SCRATCH.with_borrow_mut(|scratch| {
+            let checked = self
+                .decompress(scratch)
+                .and_then(|()| self.check_name(scratch));
+            if scratch.capacity() > SCRATCH_KEPT {
+                *scratch = Vec::new();
+            }
+            checked
+        })
+    }
+
+    fn bad(&self, why: &str) -> StorageError {
+        StorageError::BadDigest(format!("{} ({why})", self.id))
+    }
+
+    fn check_lens(&self) -> Result<()> {
+        match self.raw_len as usize > CHUNK_LEN_MAX || self.data.len() > CHUNK_LEN_MAX {
+            true => Err(self.bad("longer than a chunk may be")),
+            false => Ok(()),
+        }
+    }
+
+    fn decompress(&self, out: &mut Vec<u8>) -> Result<()> {
+        decompress(&self.data, self.raw_len as usize, out)
+            .map_err(|_| self.bad("cannot be decompressed to its length"))
+    }
+
+    fn check_name(&self, raw: &[u8]) -> Result<()> {
+        if raw.len() != self.raw_len as usize {
+            return Err(self.bad("not as long as it claims"));
+        }
+        match ChunkId::of(raw) == self.id {
+            true => Ok(()),
+            false => Err(self.bad("other bytes")),
+        }
     }
 }

@@ -201,7 +201,7 @@ impl Verifier {
         self.next.offset = u32::try_from(end(last)).unwrap_or(u32::MAX);
         let seen = shared.read_stored(&mut batch)?;
         let mut bad = seen.damaged;
-        let other = seen.records.iter().filter(|(r, _)| r.verify().is_err());
+        let other = seen.records.iter().filter(|(r, _)| r.check().is_err());
         bad.extend(other.map(|(record, at)| (record.id, *at)));
         // Not those that were moved or removed meanwhile.
         bad.retain(|(id, at)| shared.quarantine(id, at));
