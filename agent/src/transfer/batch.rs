@@ -107,16 +107,10 @@ impl Batch {
     }
 
     /// Where to turn.
-    pub(super) fn next(&mut self, now: Instant) -> Step {
-        let over = |since: Option<Instant>, limit| since.is_some_and(|at| now - at >= limit);
-        if over(self.grown, PATIENCE) || over(self.told, PATIENCE_MAX) {
-            self.nodes.clear();
-            self.insist = true;
-        }
+    pub(super) fn next(&self) -> Step {
         if !self.nodes.is_empty() {
             return Step::Nodes(self.nodes.clone());
         }
-        (self.told, self.grown) = (None, None);
         Step::Member {
             place: self.home + self.failures,
             insist: self.insist,
@@ -147,8 +141,18 @@ impl Batch {
         self.avoid.insert(node.to_owned());
     }
 
-    /// All nodes were asked; what is lacking they do not have yet.
+    /// All nodes were asked just now; what is lacking they do not have yet. Only here is patience looked at: a
+    /// batch that had no turn for long knows nothing of their headway before it has asked them.
     pub(super) fn wait(&mut self, now: Instant) {
+        if self.nodes.is_empty() {
+            return;
+        }
+        let over = |since: Option<Instant>, limit| since.is_some_and(|at| now - at >= limit);
+        if over(self.grown, PATIENCE) || over(self.told, PATIENCE_MAX) {
+            self.nodes.clear();
+            self.insist = true;
+            return;
+        }
         self.ready = Some(now + self.wait);
         self.wait = (self.wait * 2).min(WAIT.1);
     }
@@ -224,32 +228,58 @@ mod tests {
         let mut now = Instant::now();
         let mut batch = Batch::new(2, vec![1]);
         let member = |place, insist| Step::Member { place, insist };
-        assert_eq!(batch.next(now), member(2, false));
+        assert_eq!(batch.next(), member(2, false));
         batch.told(names(&["a", "b"]), now);
-        assert_eq!(batch.next(now), Step::Nodes(names(&["a", "b"])));
+        assert_eq!(batch.next(), Step::Nodes(names(&["a", "b"])));
         for held in 1..=6 {
             now += PATIENCE - MS;
             batch.heard("a", held, now);
             batch.wait(now);
-            assert_eq!(
-                batch.next(now),
-                Step::Nodes(names(&["a", "b"])),
-                "{held} held"
-            );
+            assert_eq!(batch.next(), Step::Nodes(names(&["a", "b"])), "{held} held");
         }
         assert_eq!(batch.ready, Some(now + WAIT.1));
         now += PATIENCE;
         batch.heard("a", 6, now);
-        assert_eq!(batch.next(now), member(2, true), "no headway");
+        batch.ready = None;
+        batch.wait(now);
+        assert_eq!(batch.next(), member(2, true), "no headway");
+        assert_eq!(batch.ready, None, "at once");
         batch.told(names(&["a"]), now);
         for held in 7.. {
             now += PATIENCE / 2;
             batch.heard("a", held, now);
-            if batch.next(now) == member(2, true) {
+            batch.wait(now);
+            if batch.next() == member(2, true) {
                 break;
             }
             assert!(held < 100, "for ever");
         }
+    }
+
+    #[test]
+    fn a_batch_that_had_no_turn_for_long_asks_the_nodes_before_it_gives_them_up() {
+        let mut now = Instant::now();
+        let nodes = Step::Nodes(names(&["a"]));
+        let mut batch = Batch::new(0, vec![1]);
+        batch.told(names(&["a"]), now);
+        batch.heard("a", 1, now);
+        batch.wait(now);
+        // A busy machine: the next turn comes late, and not for want of headway.
+        now += PATIENCE * 3;
+        assert_eq!(batch.next(), nodes);
+        batch.heard("a", 2, now);
+        batch.wait(now);
+        assert_eq!(batch.next(), nodes, "it has made headway meanwhile");
+        now += PATIENCE * 2;
+        assert_eq!(batch.next(), nodes);
+        batch.heard("a", 2, now);
+        batch.wait(now);
+        let insist = true;
+        assert_eq!(
+            batch.next(),
+            Step::Member { place: 0, insist },
+            "it has not"
+        );
     }
 
     #[test]
@@ -258,9 +288,12 @@ mod tests {
         let mut batch = Batch::new(0, vec![1]);
         batch.told(names(&["a", "b"]), now);
         batch.drop_node("a");
-        assert_eq!(batch.next(now), Step::Nodes(names(&["b"])));
+        assert_eq!(batch.next(), Step::Nodes(names(&["b"])));
         batch.drop_node("b");
-        let back = batch.next(now);
+        batch.ready = None;
+        batch.wait(now);
+        assert_eq!(batch.ready, None, "nobody is left to wait for");
+        let back = batch.next();
         assert_eq!(
             back,
             Step::Member {
@@ -271,7 +304,7 @@ mod tests {
         assert_eq!(batch.avoid().collect::<Vec<_>>(), ["a", "b"]);
         // A member that knows only these is asked for the bytes themselves.
         batch.told(names(&["b", "a"]), now);
-        let back = batch.next(now);
+        let back = batch.next();
         assert_eq!(
             back,
             Step::Member {

@@ -91,7 +91,7 @@ impl Hunt {
     /// One step for a batch; the bytes that were written.
     async fn attempt(&self, mut batch: Batch) -> Result<(Batch, u64), TransferError> {
         batch.ready = None;
-        let written = match batch.next(Instant::now()) {
+        let written = match batch.next() {
             Step::Nodes(nodes) => self.ask_nodes(&mut batch, nodes).await?,
             Step::Member { place, insist } => self.ask_member(&mut batch, place, insist).await?,
         };
@@ -210,9 +210,7 @@ impl Hunt {
                 }
             }
         }
-        if matches!(batch.next(Instant::now()), Step::Nodes(_)) {
-            batch.wait(Instant::now());
-        }
+        batch.wait(Instant::now());
         Ok(written)
     }
 
