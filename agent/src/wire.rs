@@ -67,6 +67,10 @@ pub struct DesiredSet {
     /// The whole set. An instance that the agent runs and that is not here is unknown: it is
     /// reported, not destroyed; only `run == false` destroys.
     pub instances: Vec<DesiredInstance>,
+    /// Images to fetch before an instance needs them, until they were fetched once.
+    pub images: Vec<ImageRef>,
+    /// Images to drop as soon as no VM stands on them: of each, template id and number count.
+    pub evict: Vec<ImageRef>,
     /// API addresses of all members, as of now: told at once when they change. Empty: nothing is said.
     pub controllers: Vec<String>,
     /// Registry addresses of all members, likewise.
@@ -159,8 +163,25 @@ pub struct Report {
     pub observed: Vec<Observed>,
     /// Whole images in the cache.
     pub images: Vec<ImageRef>,
+    /// Of the desired set's images, those that are being fetched, or could not be. An agent that says
+    /// nothing here knows no such images.
+    pub pulls: Option<Vec<ImagePull>>,
     /// Soft figures.
     pub stats: NodeStats,
+}
+
+/// How far an image of the desired set is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ImagePull {
+    /// Template id.
+    pub template_id: String,
+    /// Tag number.
+    pub number: u32,
+    /// Part that is here, 0..1.
+    pub progress: f32,
+    /// Why the last attempt failed; it is tried again.
+    pub error: String,
 }
 
 /// One observed instance.

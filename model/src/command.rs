@@ -3,7 +3,9 @@
 
 use crate::artifact::ArtifactContent;
 use crate::group::Group;
-use crate::ids::{CommandId, Digest, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
+use crate::ids::{
+    CommandId, Digest, DistributionId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId,
+};
 use crate::instance::{Observation, StartRequest, Value};
 use crate::node::{NodeConfig, NodeSpec};
 use serde::{Deserialize, Serialize};
@@ -260,6 +262,42 @@ pub enum Command {
     RestartInstance {
         /// Which.
         id: InstanceId,
+    },
+    /// Nodes shall fetch an image, each once. Idempotent by id.
+    Distribute {
+        /// Made by the proposer.
+        id: DistributionId,
+        /// Template.
+        template: TemplateId,
+        /// Which tag; the latest visible one when absent.
+        selector: Option<TagSelector>,
+        /// These nodes.
+        nodes: Vec<NodeId>,
+        /// And those in this group. Without either: all nodes of the tag's architecture.
+        group: Option<GroupId>,
+    },
+    /// Nodes that have not fetched it need not. Idempotent.
+    CancelDistribution {
+        /// Which.
+        id: DistributionId,
+    },
+    /// Give up distributions that were not carried out in time, and forget those whose end is older than
+    /// the retention (both checked again here; configuration travels with the command).
+    ExpireDistributions {
+        /// Candidates.
+        ids: Vec<DistributionId>,
+        /// How long a node has to fetch it, in ms since the request.
+        patience_ms: u64,
+        /// How long an ended one stays visible, in ms.
+        retention_ms: u64,
+    },
+    /// Nodes shall drop what they have cached of a template, as soon as no VM stands on it, and fetch it no
+    /// more because of a distribution. Idempotent.
+    EvictImages {
+        /// Template; it may have been deleted.
+        template: TemplateId,
+        /// These nodes; all when empty.
+        nodes: Vec<NodeId>,
     },
 }
 

@@ -14,11 +14,13 @@
 //! | 8 | what all repositories say together has a bound, and a manifest one media type |
 //! | 9 | a binding holds only if the node is one that the request allows still; who waits for a group that is no more fails; an agent is told to keep what it said has failed or stopped |
 //! | 10 | `AddWithin`: quotas hold however many push at once; `RestartInstance` |
+//! | 11 | `Distribute`, `CancelDistribution`, `ExpireDistributions` |
+//! | 12 | `EvictImages` |
 
 use crate::command::Command;
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 10;
+pub const SUPPORTED: u32 = 12;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
 /// At which they move there little by little.
@@ -43,6 +45,10 @@ pub const TOLD_TO_KEEP: u32 = 9;
 pub const ADD_WITHIN: u32 = 10;
 /// At which instances may be restarted.
 pub const RESTART: u32 = 10;
+/// At which images may be distributed to nodes.
+pub const DISTRIBUTE: u32 = 11;
+/// At which nodes may be asked to drop images.
+pub const EVICT: u32 = 12;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it
@@ -57,6 +63,10 @@ impl Command {
             Self::DescribeTag { .. } | Self::NotePulls { .. } | Self::SetQuota { .. } => TAG_NOTES,
             Self::AddWithin { .. } => ADD_WITHIN,
             Self::RestartInstance { .. } => RESTART,
+            Self::Distribute { .. }
+            | Self::CancelDistribution { .. }
+            | Self::ExpireDistributions { .. } => DISTRIBUTE,
+            Self::EvictImages { .. } => EVICT,
             _ => 0,
         }
     }

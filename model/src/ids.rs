@@ -40,6 +40,7 @@ text_id!(/** One VM from request to removal: a UUID in text form. */ InstanceId)
 text_id!(/** A machine that runs the agent: a UUID in text form, kept by the agent on its disk. */ NodeId);
 text_id!(/** A named image: a UUID in text form. */ TemplateId);
 text_id!(/** A node group. */ GroupId);
+text_id!(/** A request that nodes fetch an image: a UUID in text form. */ DistributionId);
 
 /// A controller in the Raft group; random, made when its data directory is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -3,6 +3,8 @@
 
 use crate::artifact::{Artifact, Repository};
 use crate::command::TagContent;
+use crate::distribution::Delivery;
+use crate::ids::NodeId;
 use crate::instance::{Instance, InstanceState};
 use crate::limits;
 use crate::state::{Owned, State};
@@ -40,6 +42,39 @@ pub fn check(state: &State) -> Result<(), String> {
     }
     for (id, group) in &state.groups {
         ensure(id == &group.id, || format!("group {id}: other id"))?;
+    }
+    for (id, distribution) in &state.distributions {
+        let deliveries = distribution.nodes.iter();
+        let wanted = deliveries.filter(|(_, d)| **d == Delivery::Wanted);
+        let wanted: Vec<_> = wanted.map(|(node, _)| node).collect();
+        let counted = id == &distribution.id && wanted.len() == distribution.waiting;
+        ensure(
+            counted && wanted.is_empty() == distribution.ended_ms.is_some(),
+            || {
+                format!(
+                    "distribution {id}: other id, or {} wait for it",
+                    wanted.len()
+                )
+            },
+        )?;
+        let template = state.templates.get(&distribution.template);
+        let there = template.is_some_and(|t| t.tags.contains_key(&distribution.number));
+        let possible = |n: &&NodeId| there && state.nodes.contains_key(*n);
+        ensure(wanted.iter().all(possible), || {
+            format!("distribution {id}: waits for a node or a tag that has gone")
+        })?;
+    }
+    for (id, templates) in &state.evictions {
+        let images = state.nodes.get(id).map(|n| &n.images);
+        let fits = images.is_some_and(|images| {
+            templates.iter().all(|(of, numbers)| {
+                let here = |n: &u32| images.contains(&(of.clone(), *n));
+                !numbers.is_empty() && numbers.iter().all(here)
+            })
+        });
+        ensure(fits && !templates.is_empty(), || {
+            format!("node {id}: shall drop what it does not have")
+        })?;
     }
     for (id, number) in state.pulls.keys() {
         let template = state.templates.get(id);

@@ -11,6 +11,7 @@ pub mod apply;
 pub mod artifact;
 pub mod codec;
 pub mod command;
+pub mod distribution;
 pub mod feature;
 pub mod group;
 pub mod ids;
@@ -29,6 +30,8 @@ pub mod state;
 pub mod template;
 
 pub use command::{Command, Envelope};
-pub use ids::{CommandId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
+pub use ids::{
+    CommandId, DistributionId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId,
+};
 pub use outcome::{Outcome, Refusal};
 pub use state::State;

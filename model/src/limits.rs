@@ -38,6 +38,10 @@ pub const GROUPS: usize = 1_000;
 pub const FALLBACK_DEPTH: usize = 8;
 /// Cached images reported by one node.
 pub const NODE_IMAGES: usize = 4_096;
+/// Distributions known at once, ended ones included: each node's desired set is made by asking them all.
+pub const DISTRIBUTIONS: usize = 1_000;
+/// Nodes of all of them together: about 20 MB in memory and in each snapshot.
+pub const DELIVERIES: usize = 200_000;
 /// Templates known at once.
 pub const TEMPLATES: usize = 100_000;
 /// Tags of one template at once.
@@ -64,7 +68,7 @@ pub const REJECTIONS: usize = 16;
 /// Newest commands whose outcome is remembered, so that a retry is not applied twice. Twice
 /// what the log may grow before a member gives up retrying, so that those in flight fit as well.
 pub const RECENT_COMMANDS: usize = 65_536;
-/// Instance ids inside remembered outcomes: bounds their memory when requests are large.
+/// Ids of instances and nodes inside remembered outcomes: bounds their memory when requests are large.
 pub const RECENT_IDS: usize = 262_144;
 
 /// Virtual CPUs counted for an instance that asks for none.

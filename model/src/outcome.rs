@@ -25,6 +25,8 @@ pub enum Outcome {
     Registered(NodeId),
     /// Nothing changed, for this reason.
     Refused(Refusal),
+    /// These nodes were asked.
+    Asked(Vec<NodeId>),
 }
 
 /// Why a command changed nothing.
@@ -52,4 +54,6 @@ pub enum Refusal {
     ArtifactUnknown(Sha256),
     /// Something came or went since the command was made: look again.
     Stale,
+    /// No such distribution.
+    DistributionUnknown(String),
 }

@@ -7,7 +7,8 @@ use mainstay_agent::wire;
 use mainstay_model::instance::{Instance, Script, ScriptFailure, Wanted};
 use mainstay_model::node::Node;
 use mainstay_model::plan::{self, Shall};
-use mainstay_model::{NodeId, State};
+use mainstay_model::{NodeId, State, TemplateId};
+use std::collections::BTreeSet;
 
 /// Clients recognise VMs of the controller by this prefix.
 const NAME_PREFIX: &str = "mgmtManaged-";
@@ -15,11 +16,22 @@ const NAME_PREFIX: &str = "mgmtManaged-";
 /// `None`: no such node.
 pub(super) fn desired_set(state: &State, id: &NodeId) -> Option<wire::DesiredSet> {
     let node = state.nodes.get(id)?;
+    let wanted = state.wanted_on(id);
+    let images = wanted.map(|d| image_ref(state, &d.template, &d.tag, d.number));
+    // Asked for twice, it is fetched once.
+    let images: BTreeSet<_> = images.collect();
+    let evict = state.evicted_on(id).map(|(of, number)| wire::ImageRef {
+        template_id: of.to_string(),
+        number,
+        ..wire::ImageRef::default()
+    });
     Some(wire::DesiredSet {
         generation: node.desired_generation,
         instances: plan::desired(state, id)
             .map(|shall| wish(state, node, &shall))
             .collect(),
+        images: images.into_iter().collect(),
+        evict: evict.collect(),
         ..wire::DesiredSet::default()
     })
 }
@@ -42,13 +54,8 @@ fn wish(state: &State, node: &Node, shall: &Shall<'_>) -> wire::DesiredInstance 
     let template = state.templates.get(&request.template);
     let tag = template.and_then(|t| t.tags.get(&instance.tag_number));
     let template_name = template.map_or("", |t| t.name.as_str());
-    wish.image = wire::ImageRef {
-        template_id: request.template.to_string(),
-        template: template_name.to_owned(),
-        tag: instance.tag.clone(),
-        number: instance.tag_number,
-        manifest: tag.map_or_else(String::new, |t| t.content.manifest.to_string()),
-    };
+    let number = instance.tag_number;
+    wish.image = image_ref(state, &request.template, &instance.tag, number);
     wish.name = vm_name(node, instance, template_name);
     wish.vcpu = request.vcpu.unwrap_or(0);
     wish.ram_mb = request.vram_mb.unwrap_or(0);
@@ -59,6 +66,18 @@ fn wish(state: &State, node: &Node, shall: &Shall<'_>) -> wire::DesiredInstance 
         (None, None) => Vec::new(),
     };
     wish
+}
+
+fn image_ref(state: &State, id: &TemplateId, tag: &str, number: u32) -> wire::ImageRef {
+    let template = state.templates.get(id);
+    let content = template.and_then(|t| Some(&t.tags.get(&number)?.content));
+    wire::ImageRef {
+        template_id: id.to_string(),
+        template: template.map_or_else(String::new, |t| t.name.clone()),
+        tag: tag.to_owned(),
+        number,
+        manifest: content.map_or_else(String::new, |c| c.manifest.to_string()),
+    }
 }
 
 fn script(script: &Script) -> wire::Script {

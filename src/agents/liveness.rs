@@ -10,8 +10,8 @@
 //! back looks younger than it is. So each has an identity, and one that is known is never news.
 
 use crate::stamp;
-use mainstay_agent::wire::NodeStats;
-use mainstay_model::{InstanceId, NodeId};
+use mainstay_agent::wire::{ImagePull, NodeStats};
+use mainstay_model::{InstanceId, NodeId, TemplateId};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -38,6 +38,8 @@ pub struct Heard {
     pub stats: NodeStats,
     /// Pulls in progress: instance and part done, 0..1.
     pub progress: Vec<(String, f32)>,
+    /// Images that are being fetched before an instance needs them. `None`: the agent cannot do that.
+    pub pulls: Option<Vec<ImagePull>>,
 }
 
 /// What one member's [`Liveness`] tells another.
@@ -59,6 +61,7 @@ struct Entry {
     seq: u64,
     stats: NodeStats,
     progress: BTreeMap<InstanceId, f32>,
+    pulls: Option<Vec<ImagePull>>,
 }
 
 struct Inner {
@@ -105,6 +108,20 @@ impl Liveness {
     /// How much of an instance's image its node has fetched, 0..1, while it is being fetched.
     pub fn progress(&self, instance: &InstanceId) -> Option<f32> {
         self.inner.lock().progress.get(instance).copied()
+    }
+
+    /// How far a node is with an image that it fetches before an instance needs it; nothing while it
+    /// waits its turn.
+    pub fn pull(&self, node: &NodeId, template: &TemplateId, number: u32) -> Option<ImagePull> {
+        let inner = self.inner.lock();
+        let mut pulls = inner.nodes.get(node)?.pulls.iter().flatten();
+        let found = pulls.find(|p| p.number == number && p.template_id == template.as_str());
+        found.cloned()
+    }
+
+    /// All that a node said of such images; `None` if it was not heard, or if its agent cannot do that.
+    pub fn pulls(&self, node: &NodeId) -> Option<Vec<ImagePull>> {
+        self.inner.lock().nodes.get(node)?.pulls.clone()
     }
 
     /// When the node was last heard, in ms since the Unix epoch.
@@ -197,6 +214,7 @@ impl Entry {
                 .iter()
                 .map(|(id, part)| (id.to_string(), *part))
                 .collect(),
+            pulls: self.pulls.clone(),
         }
     }
 }
@@ -248,6 +266,7 @@ impl Inner {
                 seq,
                 stats,
                 progress,
+                pulls: heard.pulls.clone(),
             },
         );
     }

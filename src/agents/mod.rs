@@ -215,6 +215,8 @@ async fn register(
     inner.liveness.hear(&Heard {
         node: call.node_id.clone(),
         stats: inner.liveness.node_stats(&id).unwrap_or_default(),
+        // Its first report will say whether it can do that at all.
+        pulls: Some(inner.liveness.pulls(&id).unwrap_or_default()),
         ..Heard::default()
     });
     let (controllers, registries) = addresses(&inner.app.group().status());

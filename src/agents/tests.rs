@@ -2,7 +2,7 @@
 
 use super::desired::desired_set;
 use super::intake::{OBSERVE_BYTES, commands};
-use mainstay_agent::wire::{Observed, Report, ScriptResult, VmFacts};
+use mainstay_agent::wire::{ImageRef, Observed, Report, ScriptResult, VmFacts};
 use mainstay_model::codec::encode_envelope;
 use mainstay_model::command::{Binding, Command, TagContent};
 use mainstay_model::ids::Digest;
@@ -207,6 +207,78 @@ fn many_long_outputs_become_several_commands_with_the_ends() {
         }
     }
     assert_eq!(world.take(report), 0, "all was taken");
+}
+
+#[test]
+fn a_node_is_told_what_to_fetch_until_it_has_had_it() {
+    let mut world = World::new(0);
+    let told = |world: &World| {
+        let set = desired_set(&world.state, &NodeId::from("n1")).unwrap();
+        (set.generation, set.images)
+    };
+    let (before, none) = told(&world);
+    assert!(none.is_empty());
+    let wish = |id: &str| Command::Distribute {
+        id: id.into(),
+        template: "t1".into(),
+        selector: None,
+        nodes: Vec::new(),
+        group: None,
+    };
+    world.apply(wish("d1"));
+    let (asked, images) = told(&world);
+    assert!(asked > before);
+    assert_eq!(images.len(), 1);
+    let (tag, manifest) = (images[0].tag.as_str(), images[0].manifest.as_str());
+    assert_eq!((tag, manifest), ("v1", "07".repeat(32).as_str()));
+    // It has it; then it needs the room for another.
+    for cached in [images, Vec::new()] {
+        let report = Report {
+            images: cached,
+            ..report(Vec::new())
+        };
+        for command in commands(&world.state, &report) {
+            world.apply(command);
+        }
+        let (now, images) = told(&world);
+        assert!(now > asked && images.is_empty(), "asked once only");
+    }
+    world.apply(wish("d2"));
+    assert_eq!(told(&world).1.len(), 1);
+    world.apply(Command::CancelDistribution { id: "d2".into() });
+    assert!(told(&world).1.is_empty());
+}
+
+#[test]
+fn a_node_is_told_what_to_drop_until_it_has() {
+    let mut world = World::new(0);
+    let has = |world: &mut World, images: Vec<ImageRef>| {
+        let report = Report {
+            images,
+            ..report(Vec::new())
+        };
+        for command in commands(&world.state, &report) {
+            world.apply(command);
+        }
+        let set = desired_set(&world.state, &NodeId::from("n1")).unwrap();
+        let evict: Vec<_> = set.evict.iter().map(|i| i.number).collect();
+        (set.generation, evict)
+    };
+    let image = ImageRef {
+        template_id: "t1".into(),
+        ..ImageRef::default()
+    };
+    let (before, none) = has(&mut world, vec![image.clone()]);
+    assert!(none.is_empty());
+    let evict = Command::EvictImages {
+        template: "t1".into(),
+        nodes: Vec::new(),
+    };
+    world.apply(evict);
+    let (asked, told) = has(&mut world, vec![image]);
+    assert!(asked > before && told == [0], "it still has it");
+    let (done, told) = has(&mut world, Vec::new());
+    assert!(done > asked && told.is_empty());
 }
 
 #[test]

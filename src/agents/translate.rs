@@ -3,7 +3,9 @@
 use super::liveness::Heard;
 use mainstay_agent::wire;
 use mainstay_model::instance::{Observation, ObservedPhase, PortRule, ScriptResult, VmInfo};
-use mainstay_model::limits::{NAME_BYTES, PORT_RULES, SCRIPT_OUTPUT_BYTES, TEXT_BYTES};
+use mainstay_model::limits::{
+    DISTRIBUTIONS, NAME_BYTES, PORT_RULES, SCRIPT_OUTPUT_BYTES, TEXT_BYTES,
+};
 use mainstay_model::node::NodeSpec;
 use mainstay_model::{GroupId, InstanceId};
 
@@ -28,8 +30,18 @@ pub(super) fn heard(report: &wire::Report) -> Heard {
         node: report.node_id.clone(),
         stats: report.stats.clone(),
         progress: pulling.map(|o| (o.id.clone(), o.progress)).collect(),
+        pulls: report.pulls.as_ref().map(|p| pulls(p)),
         ..Heard::default()
     }
+}
+
+/// Every member keeps them, and tells them on with each heartbeat.
+fn pulls(said: &[wire::ImagePull]) -> Vec<wire::ImagePull> {
+    let short = |pull: &wire::ImagePull| wire::ImagePull {
+        error: clip(&pull.error, NAME_BYTES),
+        ..pull.clone()
+    };
+    said.iter().take(DISTRIBUTIONS).map(short).collect()
 }
 
 /// `None` for a phase of another release.

@@ -94,7 +94,8 @@ impl From<Refusal> for ApiError {
             | Refusal::NodeUnknown(_)
             | Refusal::GroupUnknown(_)
             | Refusal::RepositoryUnknown(_)
-            | Refusal::ArtifactUnknown(_) => Self::not_found(),
+            | Refusal::ArtifactUnknown(_)
+            | Refusal::DistributionUnknown(_) => Self::not_found(),
             Refusal::TagUnknown(tag) => Self::fail(format!("No such tag {tag}")),
             Refusal::TagTaken(tag) => {
                 Self::fail(format!("Tag {tag} already exists with other content"))

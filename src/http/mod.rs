@@ -9,6 +9,7 @@
 //!
 //! The server that carries the router keeps idle connections for at least 120 s.
 
+pub mod distributions;
 pub mod envelope;
 pub mod error;
 pub mod front;

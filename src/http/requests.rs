@@ -270,6 +270,34 @@ pub struct ReadTemplates {
     consistency: Option<Consistency>,
 }
 
+/// A tag, and the nodes that shall fetch it.
+#[derive(Serialize, ToSchema)]
+pub struct Distribute {
+    #[schema(min_length = 1)]
+    template_id: String,
+    /// The latest when none is named
+    tag: Option<String>,
+    #[schema(minimum = 0, maximum = 4294967295u32)]
+    version: Option<u32>,
+    #[schema(minimum = 0, maximum = 4294967295u32)]
+    number: Option<u32>,
+    /// These; with neither this nor a group: all of the tag's architecture
+    node_ids: Option<Vec<String>>,
+    /// And those in this node group
+    group_id: Option<String>,
+    /// Ignored
+    group: Option<String>,
+}
+
+/// A template, and the nodes that shall drop it.
+#[derive(Serialize, ToSchema)]
+pub struct Evict {
+    /// Template id; may stand in the query
+    id: Option<String>,
+    /// These nodes; all when absent
+    node_ids: Option<Vec<String>>,
+}
+
 /// `POST /api/v1/member/add`.
 #[derive(Serialize, ToSchema)]
 pub struct AddMember {

@@ -2,18 +2,21 @@
 //! commands, as in life.
 
 use super::View;
+use super::distributions::DistributionView;
 use super::instances::{InstanceList, InstanceView};
 use super::nodes::NodeList;
 use super::templates::{TemplateList, TemplateView};
 use crate::agents::liveness::{Heard, Liveness};
-use mainstay_agent::wire::NodeStats;
+use mainstay_agent::wire::{ImagePull, NodeStats};
 use mainstay_model::command::{Binding, Command, TagContent};
 use mainstay_model::ids::Digest;
 use mainstay_model::instance::{
     Observation, ObservedPhase, PortRule, Script, ScriptResult, StartRequest, Value, VmInfo,
 };
 use mainstay_model::node::{NodeConfig, NodeSpec};
-use mainstay_model::{CommandId, Envelope, InstanceId, MemberId, NodeId, Outcome, State};
+use mainstay_model::{
+    CommandId, DistributionId, Envelope, InstanceId, MemberId, NodeId, Outcome, State,
+};
 use serde_json::{Value as Json, json};
 
 /// 2024-02-29T12:34:56.007Z
@@ -538,4 +541,105 @@ fn a_long_list_is_whole() {
     let text = serde_json::to_vec(&InstanceList(cloud.view())).unwrap();
     let parsed: Vec<Json> = serde_json::from_slice(&text).unwrap();
     assert_eq!(parsed.len(), 10_001);
+}
+
+/// What is shown of `d1`, and of its only node.
+fn distribution(cloud: &Cloud) -> (Json, Json) {
+    let of = &cloud.state.distributions[&DistributionId::from("d1")];
+    let shown = serde_json::to_value(DistributionView::new(cloud.view(), of)).unwrap();
+    let node = shown["distribute_status"]["n1"].clone();
+    (shown, node)
+}
+
+#[test]
+fn a_distribution_is_at_one_exactly_when_it_is_done() {
+    let mut cloud = Cloud::default().with_template("v1", "arm64", 1).with_node();
+    cloud.apply(Command::Distribute {
+        id: "d1".into(),
+        template: "t1".into(),
+        selector: None,
+        nodes: Vec::new(),
+        group: None,
+    });
+    let (shown, node) = distribution(&cloud);
+    let request = json!({
+        "request_id": "d1", "template_id": "t1", "tag": "v1", "version": 0, "time_requested": T0_TEXT,
+    });
+    assert_eq!(
+        (&shown["request"], &shown["ended"]),
+        (&request, &json!(false))
+    );
+    assert_eq!(
+        node,
+        json!({"status": false, "progress": 0.0, "node_name": "mac1"})
+    );
+    let hear = |cloud: &Cloud, pulls: Option<Vec<ImagePull>>| {
+        cloud.soft.hear(&Heard {
+            node: "n1".into(),
+            pulls,
+            ..Heard::default()
+        });
+        distribution(cloud).1
+    };
+    let pull = |number, progress, error: &str| ImagePull {
+        template_id: "t1".into(),
+        number,
+        progress,
+        error: error.into(),
+    };
+    for (said, shown) in [
+        (0.25, 0.25),
+        (f32::NAN, 0.0),
+        (-1.0, 0.0),
+        (1.0, 0.99),
+        (7.0, 0.99),
+    ] {
+        let node = hear(&cloud, Some(vec![pull(1, 0.5, ""), pull(0, said, "")]));
+        let progress = node["progress"].as_f64().unwrap();
+        assert!((progress - shown).abs() < 0.001, "{said}: {node}");
+        assert_eq!((&node["status"], node.get("error")), (&json!(false), None));
+    }
+    let node = hear(&cloud, Some(vec![pull(0, 0.0, "no room")]));
+    assert_eq!(node["error"], "no room");
+    // An agent of a release that does not know of it.
+    let node = hear(&cloud, None);
+    assert!(
+        node["error"].as_str().unwrap().contains("(0.1.0) cannot"),
+        "{node}"
+    );
+    cloud.apply(Command::SetNodeReachability {
+        id: "n1".into(),
+        reachable: false,
+        lost: false,
+    });
+    let (_, node) = distribution(&cloud);
+    assert!(node["error"].as_str().unwrap().contains("not reachable"));
+    cloud.apply(Command::SetNodeImages {
+        id: "n1".into(),
+        images: vec![("t1".into(), 0)],
+    });
+    let (shown, node) = distribution(&cloud);
+    assert_eq!(shown["ended"], true);
+    assert_eq!(
+        node,
+        json!({"status": true, "progress": 1.0, "node_name": "mac1"})
+    );
+}
+
+#[test]
+fn a_distribution_that_was_given_up_says_why_on_each_node() {
+    let mut cloud = Cloud::default().with_template("v1", "", 1).with_node();
+    cloud.apply(Command::Distribute {
+        id: "d1".into(),
+        template: "t1".into(),
+        selector: None,
+        nodes: vec!["n1".into()],
+        group: None,
+    });
+    cloud.apply(Command::RemoveNode { id: "n1".into() });
+    let (shown, node) = distribution(&cloud);
+    let wanted = json!({
+        "status": false, "progress": 0.0, "error": "the node was removed", "node_name": "",
+    });
+    assert_eq!((&node, &shown["ended"]), (&wanted, &json!(true)));
 }

@@ -1,4 +1,5 @@
-//! Forgets ended instances once their retention is over. Apply checks the time again.
+//! Forgets ended instances and distributions once their retention is over, and gives up distributions that nodes had
+//! long enough for. Apply checks the times again.
 
 use super::{ReconcileConfig, lead};
 use crate::app::{App, Consistency};
@@ -7,6 +8,12 @@ use tokio::time::sleep;
 
 /// Instances in one command.
 const EXPIRE_MAX: usize = 5_000;
+
+const HOUR_MS: u64 = 3_600_000;
+/// How long nodes have to fetch what is distributed: also those that are away over a night.
+const DISTRIBUTION_PATIENCE_MS: u64 = 24 * HOUR_MS;
+/// How long an ended distribution can be looked at: as long as a finished save-image request.
+const DISTRIBUTION_RETENTION_MS: u64 = 2 * HOUR_MS;
 
 /// Ends with the group.
 pub(super) async fn run(app: App, config: ReconcileConfig) {
@@ -29,6 +36,27 @@ pub(super) async fn run(app: App, config: ReconcileConfig) {
                 continue;
             }
         }
+        expire_distributions(&app).await;
         sleep(config.expire_every).await;
+    }
+}
+
+async fn expire_distributions(app: &App) {
+    let (patience_ms, retention_ms) = (DISTRIBUTION_PATIENCE_MS, DISTRIBUTION_RETENTION_MS);
+    let read = app.read(Consistency::Stale).await;
+    let due = read.map(|s| plan::overdue(&s, patience_ms, retention_ms, app.now_ms(&s)));
+    let Ok(ids) = due else {
+        return;
+    };
+    if ids.is_empty() {
+        return;
+    }
+    let command = Command::ExpireDistributions {
+        ids,
+        patience_ms,
+        retention_ms,
+    };
+    if let Err(error) = app.submit(command).await {
+        tracing::debug!(%error, "distributions that are over were not ended; trying again");
     }
 }

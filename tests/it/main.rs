@@ -3,6 +3,7 @@
 
 mod api;
 mod api_bad_input;
+mod api_distribute;
 mod api_instances;
 mod api_members;
 mod api_templates;

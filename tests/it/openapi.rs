@@ -136,8 +136,14 @@ fn is_a(value: &Value, name: &str) -> bool {
 /// A cloud with one of everything.
 async fn cloud() -> Cluster {
     let cluster = Cluster::start(1).await;
+    let level = mainstay_model::feature::SUPPORTED;
+    let raise = mainstay_model::Command::SetFeatures { level };
+    cluster.members[0].app.submit(raise).await.unwrap();
     cluster.template(&["v1", "v2"]).await;
     cluster.node().await;
+    let path = "/api/v1/registry/vm/distribute";
+    let wish = json!({"template_id": "t1", "node_ids": ["n1"]});
+    cluster.call(0, "POST", path, wish).await.body();
     let group = json!({"name": "g", "description": "d"});
     cluster.call(0, "POST", "/api/v1/group", group).await.body();
     let start = json!({
@@ -240,6 +246,8 @@ async fn what_is_served_is_described() {
     for path in [
         "/api/v1/vm",
         "/api/v1/rpc/vm/restart",
+        "/api/v1/registry/vm/distribute",
+        "/api/v1/registry/vm/remove",
         "/api/v1/node/config",
         "/readyz",
     ] {

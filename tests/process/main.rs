@@ -10,6 +10,7 @@ mod big_push;
 mod bootstrap;
 mod clean_stop;
 mod cluster;
+mod distribute;
 mod faults;
 mod gc;
 mod journey;

@@ -137,6 +137,11 @@ impl Cache {
         self.shared.changed.subscribe()
     }
 
+    /// Drop the image with this name, unless somebody needs it. `true`: it is not here any more. Blocks.
+    pub fn evict(&self, template_id: &str, number: u32) -> io::Result<bool> {
+        self.shared.evict(template_id, number)
+    }
+
     /// The image, fetched if it is not here. Callers that want the same one share one pull; it is
     /// given up when the last of them stops waiting. `progress` gets the part done, 0..1; it is not
     /// called when the image is here.
@@ -224,6 +229,40 @@ impl Shared {
             dropped = dropped.and_then(|()| self.shelf.clear(victim));
         }
         dropped.map_err(|e| e.to_string())
+    }
+}
+
+impl Shared {
+    /// The same bytes may have other names: then only this name goes.
+    fn evict(&self, template_id: &str, number: u32) -> io::Result<bool> {
+        let named = self.shelf.named(template_id, number);
+        if named.is_empty() {
+            return Ok(true);
+        }
+        let flights = self.flights.lock();
+        // Held until it is off the shelf: who pins it later finds none and pulls it anew.
+        let pins = self.pins.lock();
+        let Some(mut keep) = (self.users)() else {
+            return Ok(false);
+        };
+        keep.extend(pins.keys().chain(flights.keys()).cloned());
+        let mut gone = true;
+        let mut bare = Vec::new();
+        for digest in named {
+            if keep.contains(&digest) {
+                gone = false;
+            } else if self.shelf.unname(&digest, template_id, number)? {
+                tracing::info!(manifest = %digest, "image dropped from the cache, as it was asked for");
+                bare.push(digest);
+            }
+        }
+        drop((pins, flights));
+        self.changed.send_modify(|n| *n += 1);
+        for digest in &bare {
+            self.fetch.dropped(digest);
+            self.shelf.clear(digest)?;
+        }
+        Ok(gone)
     }
 }
 

@@ -74,6 +74,37 @@ impl Shelf {
         whole.flat_map(|w| w.names.iter().cloned()).collect()
     }
 
+    /// Digests of the whole images with this name.
+    pub(super) fn named(&self, template_id: &str, number: u32) -> Vec<String> {
+        let books = self.books.lock();
+        let has = |book: &Book| {
+            let names = book.whole.iter().flat_map(|w| &w.names);
+            names.into_iter().any(|n| is_named(n, template_id, number))
+        };
+        let named = books.iter().filter(|(_, book)| has(book));
+        named.map(|(digest, _)| digest.clone()).collect()
+    }
+
+    /// Take this name from an image; one that has no other is dropped (`true`), and its bytes go with
+    /// [`Self::clear`].
+    pub(super) fn unname(&self, digest: &str, template_id: &str, number: u32) -> io::Result<bool> {
+        {
+            let mut books = self.books.lock();
+            let Some(whole) = books.get_mut(digest).and_then(|b| b.whole.as_mut()) else {
+                return Ok(false);
+            };
+            let mut rest = whole.clone();
+            rest.names.retain(|n| !is_named(n, template_id, number));
+            if !rest.names.is_empty() {
+                let marker = self.root.join(digest).join("whole");
+                durable::write(&marker, &serde_json::to_vec(&rest)?)?;
+                *whole = rest;
+                return Ok(false);
+            }
+        }
+        self.drop_image(digest).map(|()| true)
+    }
+
     pub(super) fn used_bytes(&self) -> u64 {
         let digests: Vec<String> = self.books.lock().keys().cloned().collect();
         digests.iter().map(|d| self.bytes(d)).sum()
@@ -202,6 +233,10 @@ fn look(folder: &Path) -> Book {
         whole,
         used: used.unwrap_or(SystemTime::UNIX_EPOCH),
     }
+}
+
+fn is_named(name: &ImageRef, template_id: &str, number: u32) -> bool {
+    name.template_id == template_id && name.number == number
 }
 
 /// Bytes that a file really takes on disk; 0 if there is none.

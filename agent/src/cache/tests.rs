@@ -218,3 +218,49 @@ async fn what_does_not_fit_is_refused_and_nothing_in_use_is_dropped() {
         Err(error) => assert!(matches!(error, CacheError::NoRoom(_)), "{error}"),
     }
 }
+
+#[tokio::test]
+async fn what_shall_go_goes_unless_it_is_needed_and_a_name_is_not_the_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let fetch = Held::new(9, 1000);
+    let cache = open(dir.path(), &fetch, &[2]);
+    let twin = ImageRef {
+        template_id: "twin".to_owned(),
+        ..image(1)
+    };
+    let held = cache.ensure(&image(1), &|_| ()).await.unwrap();
+    cache.ensure(&twin, &|_| ()).await.unwrap();
+    cache.ensure(&image(2), &|_| ()).await.unwrap();
+    let names = |cache: &Cache| {
+        let images = cache.images().into_iter();
+        images.map(|i| i.template_id).collect::<BTreeSet<_>>()
+    };
+    let all = ["t1", "t2", "twin"].map(str::to_owned);
+    for (name, number) in [("t1", 0), ("t2", 0)] {
+        let gone = cache.evict(name, number).unwrap();
+        assert!(!gone, "{name}: pinned, or a VM stands on it");
+    }
+    assert!(cache.evict("t1", 7).unwrap() && cache.evict("t9", 0).unwrap());
+    assert_eq!(names(&cache), all.clone().into());
+    let disk = held.disk.clone();
+    drop(held);
+    assert!(cache.evict("t1", 0).unwrap());
+    assert!(disk.exists(), "the other name needs it");
+    assert_eq!(names(&cache), all[1..].iter().cloned().collect());
+    let again = open(dir.path(), &fetch, &[2]);
+    assert_eq!(names(&again), names(&cache), "after a restart as well");
+    let news = cache.changed();
+    assert!(cache.evict("twin", 0).unwrap());
+    assert!(news.has_changed().unwrap());
+    assert!(!disk.parent().unwrap().exists());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    // Whoever wants it then fetches it anew.
+    let before = fetch.calls();
+    cache.ensure(&image(1), &|_| ()).await.unwrap();
+    assert_eq!(fetch.calls(), before + 1);
+    // Nobody knows what VMs stand on: nothing goes.
+    let blind: Users = Arc::new(|| None);
+    let cache = Cache::open(dir.path(), fetch, Reserve::Bytes(0), blind).unwrap();
+    assert!(!cache.evict("t1", 0).unwrap());
+    assert_eq!(cache.images().len(), 2);
+}

@@ -4,7 +4,7 @@
 use super::record::Record;
 use super::{Action, Doing, Job, plan, view};
 use crate::driver::VmSeen;
-use crate::wire::{DesiredInstance, DesiredSet, Observed, VmFacts};
+use crate::wire::{DesiredInstance, DesiredSet, ImageRef, Observed, VmFacts};
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::task::JoinHandle;
 
@@ -125,6 +125,19 @@ impl Board {
             Some(desired) if self.surveyed => plan(desired, &self.doing(), &self.generations()),
             _ => Vec::new(),
         }
+    }
+
+    /// The images of the set in force. Nothing before the driver was asked: what its VMs stand on must be
+    /// known before there is room to be made.
+    pub(super) fn images(&self) -> Option<Vec<ImageRef>> {
+        let desired = self.desired.as_ref().filter(|_| self.surveyed)?;
+        Some(desired.images.clone())
+    }
+
+    /// Images that the set in force wants dropped; nothing before it is known what VMs stand on.
+    pub(super) fn evict(&self) -> Vec<ImageRef> {
+        let desired = self.desired.as_ref().filter(|_| self.surveyed);
+        desired.map_or_else(Vec::new, |d| d.evict.clone())
     }
 
     /// An instance of the set in force.

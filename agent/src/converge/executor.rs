@@ -3,11 +3,12 @@
 //! [`Executor::observe`].
 
 use super::board::Board;
+use super::images::{self, Wishes};
 use super::record::Records;
 use super::{Action, survey, task};
 use crate::cache::{Cache, Fetch, Reserve};
 use crate::driver::Driver;
-use crate::wire::{DesiredInstance, DesiredSet, Observed};
+use crate::wire::{DesiredInstance, DesiredSet, ImagePull, Observed};
 use anyhow::Context;
 use parking_lot::Mutex;
 use std::path::Path;
@@ -54,6 +55,8 @@ pub(super) struct Inner {
     pub(super) records: Records,
     pub(super) settings: Settings,
     pub(super) board: Arc<Mutex<Board>>,
+    /// Images to fetch.
+    pub(super) wishes: Mutex<Wishes>,
     /// Something may have to be done.
     pub(super) wake: Notify,
     /// The driver should be asked now.
@@ -103,6 +106,7 @@ impl Executor {
             records,
             settings,
             board,
+            wishes: Mutex::default(),
             wake: Notify::new(),
             look: Notify::new(),
             changed: watch::Sender::new(0),
@@ -146,6 +150,11 @@ impl Executor {
         self.inner.board.lock().observe()
     }
 
+    /// How far the desired set's images are.
+    pub fn pulls(&self) -> Vec<ImagePull> {
+        self.inner.wishes.lock().pulls()
+    }
+
     /// VMs that run.
     pub fn running(&self) -> u32 {
         let board = self.inner.board.lock();
@@ -180,11 +189,19 @@ impl Drop for Reaper {
                 task.abort();
             }
         }
+        self.0.wishes.lock().end();
     }
 }
 
 /// One round: whatever must begin now, begins.
 fn act(inner: &Arc<Inner>) {
+    // Not under the board's lock: the cache asks the board what is in use while it makes room.
+    let named = inner.board.lock().images();
+    if let Some(named) = named {
+        images::act(inner, &named);
+    }
+    let evict = inner.board.lock().evict();
+    images::evict(inner, evict);
     let mut board = inner.board.lock();
     for action in board.actions() {
         tracing::info!(?action, "converge");

@@ -3,6 +3,7 @@
 //!
 //! * [`plan`]: the actions; at most one per instance, none while one is under way.
 //! * [`executor`]: carries actions out, several at once; `task`: one instance's start and end.
+//! * `images`: those to fetch before an instance needs them.
 //! * [`record`]: what outlives the agent; `view`: what is reported; `board`: what is known now.
 //! * [`rehearsal`]: all of it without driver, disk, clock and tasks, for simulations.
 //!
@@ -15,6 +16,7 @@
 
 mod board;
 pub mod executor;
+mod images;
 pub mod record;
 pub mod rehearsal;
 mod survey;

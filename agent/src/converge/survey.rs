@@ -9,9 +9,15 @@ pub(super) async fn run(inner: Arc<Inner>) {
         let asked = inner.board.lock().tick();
         match inner.driver.list().await {
             Ok(list) => {
-                let news = inner.board.lock().surveyed(asked, list);
+                let (news, evict) = {
+                    let mut board = inner.board.lock();
+                    (board.surveyed(asked, list), !board.evict().is_empty())
+                };
                 if news {
                     inner.report();
+                }
+                // What could not be dropped is tried again.
+                if news || evict {
                     inner.wake.notify_one();
                 }
             }

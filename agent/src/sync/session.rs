@@ -194,6 +194,7 @@ impl<'a> Session<'a> {
             generation: executor.generation(),
             observed: executor.observe(),
             images: executor.cache().images(),
+            pulls: Some(executor.pulls()),
             stats: (self.sync.stats)(),
         }
     }

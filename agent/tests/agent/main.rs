@@ -3,6 +3,7 @@
 // Helpers outside of #[test] functions may fail loudly too.
 #![allow(clippy::unwrap_used)]
 
+mod ahead;
 mod life;
 mod links;
 mod stub;

@@ -5,6 +5,8 @@
 mod artifact;
 mod bind;
 mod check;
+mod distribute;
+mod evict;
 mod group;
 mod instance;
 mod member;
@@ -132,6 +134,26 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
             }
             add(state, what)
         }
+        Command::Distribute {
+            id,
+            template,
+            selector,
+            nodes,
+            group,
+        } => {
+            let whom = distribute::Whom {
+                nodes,
+                group: group.as_ref(),
+            };
+            distribute::distribute(state, id, template, selector.as_ref(), &whom)
+        }
+        Command::CancelDistribution { id } => distribute::cancel(state, id),
+        Command::ExpireDistributions {
+            ids,
+            patience_ms,
+            retention_ms,
+        } => distribute::expire(state, ids, *patience_ms, *retention_ms),
+        Command::EvictImages { template, nodes } => evict::evict(state, template, nodes),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Nodes join, are configured, are judged and leave. What they report is `observe`.
 
-use super::{Applied, check, group, instance};
+use super::{Applied, check, distribute, evict, group, instance};
 use crate::ids::{InstanceId, NodeId, TemplateId};
 use crate::instance::{Instance, InstanceState};
 use crate::limits::{self, clip};
@@ -96,6 +96,7 @@ pub(super) fn remove(state: &mut State, id: &NodeId) -> Applied {
     let groups = state.nodes.get(id).map(|n| n.groups.clone());
     state.remove_node(id);
     group::fail_hopeless(state, &groups.unwrap_or_default());
+    distribute::node_gone(state, id);
     Ok(Outcome::Done)
 }
 
@@ -150,6 +151,8 @@ pub(super) fn set_images(state: &mut State, id: &NodeId, images: &[(TemplateId, 
     }
     let images: BTreeSet<_> = images.iter().cloned().collect();
     if node.images != images {
+        distribute::fetched(state, id, &images);
+        evict::dropped(state, id, &images);
         state.edit_node(id, |n| n.images = images);
     }
     Ok(Outcome::Done)

@@ -2,7 +2,7 @@
 //! number is never used twice within a template, so a late report about a deleted tag meets
 //! nothing: a deleted tag never comes back. The bytes themselves are the registry's.
 
-use super::{Applied, artifact, check, instance};
+use super::{Applied, artifact, check, distribute, instance};
 use crate::command::{TagContent, TagSelector};
 use crate::ids::{Digest, InstanceId, MemberId, TemplateId};
 use crate::limits::{self, clip};
@@ -294,6 +294,27 @@ pub(super) fn set_quota(state: &mut State, template: Option<&str>, bytes: Option
     Ok(Outcome::Done)
 }
 
+/// A tag that can be fetched; the latest when none is named.
+pub(super) fn visible<'a>(
+    state: &'a State,
+    id: &TemplateId,
+    selector: Option<&TagSelector>,
+) -> Result<&'a Tag, Refusal> {
+    let template = known(state, id)?;
+    let (found, text) = match selector {
+        Some(TagSelector::Number(n)) => (
+            template.visible_tags().find(|t| t.number == *n),
+            n.to_string(),
+        ),
+        Some(TagSelector::Name(name)) => (template.tag(name), clip(name, limits::NAME_BYTES)),
+        None => (template.latest(), String::new()),
+    };
+    found.ok_or(match template.latest() {
+        None => Refusal::TemplateUnknown(clip(id.as_str(), limits::NAME_BYTES)),
+        Some(_) => Refusal::TagUnknown(text),
+    })
+}
+
 /// Any tag, visible or not.
 fn select(template: &Template, selector: &TagSelector) -> Result<u32, Refusal> {
     let (found, text) = match selector {
@@ -315,6 +336,7 @@ pub(super) fn drop_tags(state: &mut State, id: &TemplateId, gone: BTreeSet<u32>)
     if state.templates.get(id).is_some_and(|t| t.tags.is_empty()) {
         state.remove_template(id);
     }
+    distribute::tags_gone(state, id, |number| gone.contains(&number));
     fail_waiting(state, id, |number| gone.contains(&number));
 }
 
@@ -328,6 +350,7 @@ fn drop_template(state: &mut State, id: &TemplateId) {
         state.remove_tag(id, number);
     }
     state.remove_template(id);
+    distribute::tags_gone(state, id, |_| true);
     fail_waiting(state, id, |_| true);
 }
 

@@ -1,6 +1,6 @@
-//! Who has been kept for long enough after their end.
+//! Who has been kept for long enough after their end, or waited for.
 
-use crate::ids::InstanceId;
+use crate::ids::{DistributionId, InstanceId};
 use crate::state::State;
 
 /// Instances that ended at least `retention_ms` ago, the longest ago first, at most `max`. `now_ms` is
@@ -10,4 +10,22 @@ pub fn forgettable(state: &State, retention_ms: u64, now_ms: u64, max: usize) ->
     let over = |at: &u64| at.saturating_add(retention_ms) <= now;
     let ended = state.ended().take_while(|(at, _)| over(at));
     ended.map(|(_, id)| id.clone()).take(max).collect()
+}
+
+/// Distributions that were asked for at least `patience_ms` ago and still wait, and those that ended at least
+/// `retention_ms` ago.
+pub fn overdue(
+    state: &State,
+    patience_ms: u64,
+    retention_ms: u64,
+    now_ms: u64,
+) -> Vec<DistributionId> {
+    let now = now_ms.max(state.clock_ms);
+    let over = |since: u64, ms: u64| since.saturating_add(ms) <= now;
+    let all = state.distributions.values();
+    let due = all.filter(|d| match d.ended_ms {
+        Some(at) => over(at, retention_ms),
+        None => over(d.requested_ms, patience_ms),
+    });
+    due.map(|d| d.id.clone()).collect()
 }

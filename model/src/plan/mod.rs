@@ -18,7 +18,7 @@ mod queue;
 mod report;
 mod score;
 
-pub use expire::forgettable;
+pub use expire::{forgettable, overdue};
 pub use leases::{Judge, Leases};
 pub use report::{Shall, desired, is_news};
 

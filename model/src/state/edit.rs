@@ -7,13 +7,15 @@ use super::instances::share_template_id;
 use super::journal::Owned;
 use super::key::Key;
 use crate::artifact::{self, Artifact, RepositoryTag};
+use crate::distribution::{Delivery, Distribution};
 use crate::feature::{RECENT_BLOCKS, RECENT_GRADUALLY};
 use crate::group::Group;
-use crate::ids::{GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
+use crate::ids::{DistributionId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
 use crate::instance::{Instance, ScriptResult};
 use crate::member::Retired;
 use crate::node::{Left, Node};
 use crate::template::{Tag, Template};
+use std::collections::BTreeSet;
 
 impl State {
     pub(crate) fn insert_instance(&mut self, mut instance: Instance) {
@@ -110,6 +112,9 @@ impl State {
         if self.nodes.remove(id).is_some() {
             self.dirty.insert(Key::Node(id.clone()));
         }
+        for of in self.evictions.remove(id).unwrap_or_default().into_keys() {
+            self.dirty.insert(Key::Eviction(id.clone(), of));
+        }
     }
 
     /// A template with its tags, new.
@@ -179,6 +184,95 @@ impl State {
         if self.pulls.remove(&(id.clone(), number)).is_some() {
             self.dirty.insert(Key::Pulled(id.clone(), number));
         }
+    }
+
+    /// Who is waited for is counted here, and told.
+    pub(crate) fn insert_distribution(&mut self, mut distribution: Distribution) {
+        let id = distribution.id.clone();
+        self.dirty.insert(Key::Distribution(id.clone()));
+        distribution.waiting = 0;
+        for (node, delivery) in &distribution.nodes {
+            self.dirty.insert(Key::Delivery(id.clone(), node.clone()));
+            if *delivery == Delivery::Wanted {
+                distribution.waiting += 1;
+                self.bump_desired(node);
+            }
+        }
+        if distribution.waiting == 0 {
+            distribution.ended_ms = Some(self.clock_ms);
+        }
+        self.distributions.insert(id, distribution);
+    }
+
+    /// A node that was waited for is not any more.
+    pub(crate) fn settle_delivery(
+        &mut self,
+        id: &DistributionId,
+        node: &NodeId,
+        delivery: Delivery,
+    ) {
+        let Some(distribution) = self.distributions.get_mut(id) else {
+            return;
+        };
+        if !distribution.wants(node) || delivery == Delivery::Wanted {
+            return;
+        }
+        distribution.nodes.insert(node.clone(), delivery);
+        distribution.waiting -= 1;
+        if distribution.waiting == 0 {
+            distribution.ended_ms = Some(self.clock_ms);
+            self.dirty.insert(Key::Distribution(id.clone()));
+        }
+        self.dirty.insert(Key::Delivery(id.clone(), node.clone()));
+        self.bump_desired(node);
+    }
+
+    pub(crate) fn remove_distribution(&mut self, id: &DistributionId) {
+        let Some(distribution) = self.distributions.remove(id) else {
+            return;
+        };
+        self.dirty.insert(Key::Distribution(id.clone()));
+        for node in distribution.nodes.keys() {
+            self.dirty.insert(Key::Delivery(id.clone(), node.clone()));
+        }
+    }
+
+    /// A node shall drop these tags of a template.
+    pub(crate) fn evict(&mut self, node: &NodeId, of: &TemplateId, numbers: &BTreeSet<u32>) {
+        if numbers.is_empty() {
+            return;
+        }
+        let of_node = self.evictions.entry(node.clone()).or_default();
+        let evicted = of_node.entry(of.clone()).or_default();
+        let before = evicted.len();
+        evicted.extend(numbers);
+        if evicted.len() > before {
+            self.dirty.insert(Key::Eviction(node.clone(), of.clone()));
+            self.bump_desired(node);
+        }
+    }
+
+    /// A node need not drop these tags of a template, or has.
+    pub(crate) fn keep(&mut self, node: &NodeId, of: &TemplateId, which: impl Fn(u32) -> bool) {
+        let Some(of_node) = self.evictions.get_mut(node) else {
+            return;
+        };
+        let Some(evicted) = of_node.get_mut(of) else {
+            return;
+        };
+        let before = evicted.len();
+        evicted.retain(|number| !which(*number));
+        if evicted.len() == before {
+            return;
+        }
+        if evicted.is_empty() {
+            of_node.remove(of);
+        }
+        if of_node.is_empty() {
+            self.evictions.remove(node);
+        }
+        self.dirty.insert(Key::Eviction(node.clone(), of.clone()));
+        self.bump_desired(node);
     }
 
     /// How much of a template may be stored; the empty name: of all.

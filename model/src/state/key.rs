@@ -1,7 +1,7 @@
 //! Names of stored values: a table byte, then the id's bytes. Knows nothing of the values.
 
 use crate::codec::CodecError;
-use crate::ids::{GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
+use crate::ids::{DistributionId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
 
 /// One stored value. The order of the variants is the order of their table bytes, so that keys
 /// sort as their bytes do.
@@ -9,12 +9,18 @@ use crate::ids::{GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
 pub(super) enum Key {
     /// `c`: the clock.
     Meta,
+    /// `d`: a distribution without its nodes.
+    Distribution(DistributionId),
+    /// `e`: what became of a distribution on a node: distribution, a zero byte, node.
+    Delivery(DistributionId, NodeId),
     /// `f`: the level of the commands in use; absent at level 0.
     Features,
     /// `g`: a node group.
     Group(GroupId),
     /// `i`: an instance without the two that follow, which are large and change rarely.
     Instance(InstanceId),
+    /// `k`: what a node shall drop of a template: node, a zero byte, template.
+    Eviction(NodeId, TemplateId),
     /// `l`: what may be left of an ended instance on its node.
     Left(InstanceId),
     /// `m`: a member that was taken out.
@@ -55,9 +61,22 @@ impl Key {
         };
         match self {
             Self::Meta => with(b'c', ""),
+            Self::Distribution(id) => with(b'd', id.as_str()),
+            Self::Delivery(id, node) => {
+                let mut out = with(b'e', id.as_str());
+                out.push(0);
+                out.extend_from_slice(node.as_str().as_bytes());
+                out
+            }
             Self::Features => with(b'f', ""),
             Self::Group(id) => with(b'g', id.as_str()),
             Self::Instance(id) => with(b'i', id.as_str()),
+            Self::Eviction(node, of) => {
+                let mut out = with(b'k', node.as_str());
+                out.push(0);
+                out.extend_from_slice(of.as_str().as_bytes());
+                out
+            }
             Self::Left(id) => with(b'l', id.as_str()),
             Self::Retired(id) => {
                 let mut out = with(b'm', "");
@@ -116,6 +135,15 @@ impl Key {
         let number = |b: &[u8]| b.try_into().map(u32::from_be_bytes).map_err(|_| bad());
         Ok(match table {
             b'c' if rest.is_empty() => Self::Meta,
+            b'd' => Self::Distribution(text(rest)?.into()),
+            b'e' => {
+                let at = rest.iter().position(|b| *b == 0).ok_or_else(bad)?;
+                Self::Delivery(text(&rest[..at])?.into(), text(&rest[at + 1..])?.into())
+            }
+            b'k' => {
+                let at = rest.iter().position(|b| *b == 0).ok_or_else(bad)?;
+                Self::Eviction(text(&rest[..at])?.into(), text(&rest[at + 1..])?.into())
+            }
             b'f' if rest.is_empty() => Self::Features,
             b'g' => Self::Group(text(rest)?.into()),
             b'i' => Self::Instance(text(rest)?.into()),
@@ -193,9 +221,16 @@ mod tests {
             Key::Retired(MemberId(2)),
             Key::Left("i1".into()),
             Key::Instance("i1".into()),
+            Key::Eviction("n1".into(), "t1".into()),
+            Key::Eviction("n".into(), "t1".into()),
             Key::Instance("i".into()),
             Key::Group("g1".into()),
             Key::Features,
+            Key::Delivery("d1".into(), "n2".into()),
+            Key::Delivery("d1".into(), "n1".into()),
+            Key::Delivery("d".into(), "n1".into()),
+            Key::Distribution("d1".into()),
+            Key::Distribution("d".into()),
             Key::Meta,
         ];
         for key in &keys {
@@ -229,6 +264,15 @@ mod tests {
             b"y\xff",
             b"z",
             b"zt\x01\0\0\0\0",
+            b"d",
+            b"e",
+            b"ed1",
+            b"ed1\0",
+            b"e\0n1",
+            b"k",
+            b"kn1",
+            b"kn1\0",
+            b"k\0t1",
         ] {
             assert!(Key::from_bytes(bad).is_err(), "{bad:?}");
         }

@@ -14,9 +14,12 @@ mod store;
 use crate::apply;
 use crate::artifact::Repository;
 use crate::command::Envelope;
+use crate::distribution::Distribution;
 use crate::feature::RECENT_BLOCKS;
 use crate::group::Group;
-use crate::ids::{CommandId, Digest, GroupId, InstanceId, MemberId, NodeId, TemplateId};
+use crate::ids::{
+    CommandId, Digest, DistributionId, GroupId, InstanceId, MemberId, NodeId, TemplateId,
+};
 use crate::instance::Instance;
 use crate::member::Retired;
 use crate::node::{Left, Load, Node};
@@ -59,6 +62,10 @@ pub struct State {
     pub retired: BTreeMap<MemberId, Retired>,
     /// How many bytes of a template may be stored, by its name; under the empty name: of all of them.
     pub quotas: BTreeMap<String, u64>,
+    /// Images that nodes shall fetch, or fetched lately.
+    pub distributions: BTreeMap<DistributionId, Distribution>,
+    /// Tags of templates that nodes shall drop from their caches.
+    pub evictions: BTreeMap<NodeId, BTreeMap<TemplateId, BTreeSet<u32>>>,
     /// When a tag was last pulled, in Unix milliseconds.
     pub pulls: BTreeMap<(TemplateId, u32), u64>,
     /// Counts changes of desired sets over all nodes, so that a node which was removed and joins
@@ -84,6 +91,8 @@ impl PartialEq for State {
             && self.retired == other.retired
             && self.quotas == other.quotas
             && self.pulls == other.pulls
+            && self.distributions == other.distributions
+            && self.evictions == other.evictions
             && self.recent == other.recent
     }
 }
@@ -159,6 +168,18 @@ impl State {
         self.index
             .left_on(node)
             .filter_map(|id| self.left.get_key_value(id))
+    }
+
+    /// What this node shall drop: template and tag number.
+    pub fn evicted_on(&self, node: &NodeId) -> impl Iterator<Item = (&TemplateId, u32)> {
+        let of_node = self.evictions.get(node).into_iter().flatten();
+        of_node.flat_map(|(of, numbers)| numbers.iter().map(move |n| (of, *n)))
+    }
+
+    /// Distributions that wait for this node.
+    pub fn wanted_on(&self, node: &NodeId) -> impl Iterator<Item = &Distribution> {
+        let all = self.distributions.values().filter(|d| d.waits());
+        all.filter(move |d| d.wants(node))
     }
 
     /// What the instances on a node, and what is left there of former ones, take of it.

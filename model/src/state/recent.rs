@@ -57,6 +57,7 @@ fn slot(sequence: u64) -> u32 {
 fn weight(outcome: &Outcome) -> usize {
     match outcome {
         Outcome::Started(ids) => ids.len(),
+        Outcome::Asked(ids) => ids.len(),
         _ => 0,
     }
 }

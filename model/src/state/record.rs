@@ -1,7 +1,8 @@
 //! The stored forms that differ from the live ones. Positional and versioned by the codec's first
 //! byte: a changed field means a new version there, and the golden samples will say so.
 
-use crate::ids::{CommandId, GroupId, InstanceId, NodeId, TemplateId};
+use crate::distribution::Distribution;
+use crate::ids::{CommandId, DistributionId, GroupId, InstanceId, NodeId, TemplateId};
 use crate::instance::{
     Instance, InstanceState, PortRule, Rejection, Script, ScriptFailure, StartRequest, VmInfo,
 };
@@ -88,6 +89,40 @@ impl<'a> TemplateRecord<'a> {
             tags: BTreeMap::new(),
             next_number: self.next_number,
             created_ms: self.created_ms,
+        }
+    }
+}
+
+/// A distribution without its nodes.
+#[derive(Serialize, Deserialize)]
+pub(super) struct DistributionRecord<'a> {
+    template: Cow<'a, TemplateId>,
+    number: u32,
+    tag: Cow<'a, str>,
+    requested_ms: u64,
+    ended_ms: Option<u64>,
+}
+
+impl<'a> DistributionRecord<'a> {
+    pub(super) fn of(distribution: &'a Distribution) -> Self {
+        Self {
+            template: Cow::Borrowed(&distribution.template),
+            number: distribution.number,
+            tag: Cow::Borrowed(&distribution.tag),
+            requested_ms: distribution.requested_ms,
+            ended_ms: distribution.ended_ms,
+        }
+    }
+    pub(super) fn into_distribution(self, id: DistributionId) -> Distribution {
+        Distribution {
+            id,
+            template: self.template.into_owned(),
+            number: self.number,
+            tag: self.tag.into_owned(),
+            requested_ms: self.requested_ms,
+            ended_ms: self.ended_ms,
+            nodes: BTreeMap::new(),
+            waiting: 0,
         }
     }
 }

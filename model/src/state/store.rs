@@ -6,14 +6,15 @@ use super::instances::share_template_id;
 use super::key::Key;
 use super::recent::{Place, Recent};
 use super::record::{
-    InstanceRecord, MetaRecord, RecentBlock, RecentRecord, RepositoryRecord, ScriptRecord,
-    TemplateRecord,
+    DistributionRecord, InstanceRecord, MetaRecord, RecentBlock, RecentRecord, RepositoryRecord,
+    ScriptRecord, TemplateRecord,
 };
 use super::{Change, State};
 use crate::artifact::{Artifact, Repository, RepositoryTag};
 use crate::codec::{CodecError, decode, encode};
+use crate::distribution::Delivery;
 use crate::feature::RECENT_BLOCKS;
-use crate::ids::{CommandId, InstanceId, TemplateId};
+use crate::ids::{CommandId, DistributionId, InstanceId, NodeId, TemplateId};
 use crate::instance::ScriptResult;
 use crate::outcome::Outcome;
 use crate::template::Tag;
@@ -51,12 +52,23 @@ impl State {
             }
         };
         give(Key::Meta);
+        let distributions = || self.distributions.values();
+        distributions().for_each(|d| give(Key::Distribution(d.id.clone())));
+        for distribution in distributions() {
+            for node in distribution.nodes.keys() {
+                give(Key::Delivery(distribution.id.clone(), node.clone()));
+            }
+        }
         give(Key::Features);
         self.groups
             .keys()
             .for_each(|id| give(Key::Group(id.clone())));
         let instances = || self.instances.keys().cloned();
         instances().for_each(|id| give(Key::Instance(id)));
+        for (node, templates) in &self.evictions {
+            let templates = templates.keys();
+            templates.for_each(|of| give(Key::Eviction(node.clone(), of.clone())));
+        }
         self.left.keys().for_each(|id| give(Key::Left(id.clone())));
         self.retired.keys().for_each(|id| give(Key::Retired(*id)));
         self.nodes.keys().for_each(|id| give(Key::Node(id.clone())));
@@ -99,12 +111,18 @@ impl State {
                 clock_ms: self.clock_ms,
                 desired_changes: self.desired_changes,
             })),
+            Key::Distribution(id) => {
+                let distribution = self.distributions.get(id)?;
+                Some(encode(&DistributionRecord::of(distribution)))
+            }
+            Key::Delivery(id, node) => self.distributions.get(id)?.nodes.get(node).map(encode),
             Key::Features => (self.features > 0).then(|| encode(&self.features)),
             Key::Group(id) => self.groups.get(id).map(encode),
             Key::Instance(id) => {
                 let instance = self.instances.get(id)?;
                 Some(encode(&InstanceRecord::of(instance)))
             }
+            Key::Eviction(node, of) => self.evictions.get(node)?.get(of).map(encode),
             Key::Left(id) => self.left.get(id).map(encode),
             Key::Retired(id) => self.retired.get(id).map(encode),
             Key::Node(id) => self.nodes.get(id).map(encode),
@@ -164,6 +182,12 @@ impl State {
                 self.clock_ms = meta.clock_ms;
                 self.desired_changes = meta.desired_changes;
             }
+            Key::Distribution(id) => {
+                let record: DistributionRecord<'_> = decode(value)?;
+                let distribution = record.into_distribution(id.clone());
+                self.distributions.insert(id, distribution);
+            }
+            Key::Delivery(id, node) => rest.deliveries.push((id, node, decode(value)?)),
             Key::Features => self.features = decode(value)?,
             Key::Group(id) => {
                 self.groups.insert(id, decode(value)?);
@@ -171,6 +195,10 @@ impl State {
             Key::Instance(id) => {
                 let record: InstanceRecord<'_> = decode(value)?;
                 self.instances.insert(id.clone(), record.into_instance(id));
+            }
+            Key::Eviction(node, of) => {
+                let of_node = self.evictions.entry(node).or_default();
+                of_node.insert(of, decode(value)?);
             }
             Key::Left(id) => {
                 self.left.insert(id, decode(value)?);
@@ -254,6 +282,13 @@ impl State {
                 None => return Err(orphan("tag", id.as_str())),
             };
         }
+        for (id, node, delivery) in rest.deliveries {
+            let Some(distribution) = self.distributions.get_mut(&id) else {
+                return Err(orphan("delivery", id.as_str()));
+            };
+            distribution.waiting += usize::from(delivery == Delivery::Wanted);
+            distribution.nodes.insert(node, delivery);
+        }
         for (id, number) in self.pulls.keys() {
             let template = self.templates.get(id);
             if template.is_none_or(|t| !t.tags.contains_key(number)) {
@@ -287,6 +322,7 @@ struct Rest {
     outputs: Vec<(InstanceId, ScriptResult)>,
     scripts: Vec<(InstanceId, Vec<u8>)>,
     tags: Vec<(TemplateId, Tag)>,
+    deliveries: Vec<(DistributionId, NodeId, Delivery)>,
     artifacts: Vec<(String, Artifact)>,
     repository_tags: Vec<(String, String, RepositoryTag)>,
     recent: Vec<(Place, u64, CommandId, Outcome)>,

@@ -35,7 +35,7 @@ fn commands() {
         variants.insert(bytes[1 + 17 + 9]);
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
-    assert_eq!(variants, (0..30).collect(), "a command lacks its sample");
+    assert_eq!(variants, (0..35).collect(), "a command lacks its sample");
     compare("commands.txt", &lines, |bytes| {
         decode_envelope(bytes).map(|e| encode_envelope(&e))
     });
@@ -51,8 +51,9 @@ fn outcomes() {
         variants.insert((bytes[1], if bytes[1] == 5 { bytes[2] } else { 0 }));
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
-    let refusals = (0..11).map(|n| (5, n));
-    let wanted: BTreeSet<_> = (0..5).map(|n| (n, 0)).chain(refusals).collect();
+    let refusals = (0..12).map(|n| (5, n));
+    let others = (0..5).chain([6]).map(|n| (n, 0));
+    let wanted: BTreeSet<_> = others.chain(refusals).collect();
     assert_eq!(variants, wanted, "an outcome lacks its sample");
     compare("outcomes.txt", &lines, |bytes| {
         decode_outcome(bytes).map(|o| encode_outcome(&o))
@@ -70,6 +71,38 @@ fn stored_values_at_level_7() {
     history.extend(note_commands().into_iter().map(|(_, command)| command));
     let state = state_after(&history);
     stored("stored-level-7.txt", &state, "cfgilmnoqrstuvwxyz");
+}
+
+/// One that is done, one that waits for a node, one that was cancelled.
+#[test]
+fn stored_values_at_level_11() {
+    let mut history = sample_history(11);
+    let wish = |id: &str| Command::Distribute {
+        id: id.into(),
+        template: "t1".into(),
+        selector: None,
+        nodes: vec!["n1".into()],
+        group: None,
+    };
+    history.push(wish("d0"));
+    history.push(Command::SetNodeImages {
+        id: "n1".into(),
+        images: Vec::new(),
+    });
+    history.extend([wish("d1"), wish("d2")]);
+    history.push(Command::CancelDistribution { id: "d2".into() });
+    let state = state_after(&history);
+    stored("stored-level-11.txt", &state, "cdefgilmnoqrstuvwx");
+}
+
+/// A node shall drop what it has of a template, of which not all is known.
+#[test]
+fn stored_values_at_level_12() {
+    let mut history = sample_history(12);
+    history.push(evict("t1", &["n1"]));
+    let state = state_after(&history);
+    assert_eq!(state.evicted_on(&"n1".into()).count(), 2);
+    stored("stored-level-12.txt", &state, "cfgiklmnoqrstuvwx");
 }
 
 /// While remembered commands move into blocks: the last ones have, the first ones not.
@@ -150,7 +183,7 @@ fn garbage_is_refused() {
     }
     // Lengths that promise far more than there is.
     for length in [1_u64 << 20, 1 << 30, 1 << 40, u64::MAX] {
-        for variant in 0..29_u8 {
+        for variant in 0..35_u8 {
             let mut bytes = vec![1, 1, 1, variant, 253];
             bytes.extend_from_slice(&length.to_le_bytes());
             assert!(decode_envelope(&bytes).is_err());
@@ -318,7 +351,46 @@ fn all_commands() -> Vec<(&'static str, Command)> {
     all.extend(artifact_commands());
     all.extend(note_commands());
     all.extend(weighed_commands());
+    all.extend(distribute_commands());
     all
+}
+
+fn evict(of: &str, nodes: &[&str]) -> Command {
+    Command::EvictImages {
+        template: of.into(),
+        nodes: nodes.iter().map(|n| (*n).into()).collect(),
+    }
+}
+
+fn distribute_commands() -> Vec<(&'static str, Command)> {
+    let distribute = Command::Distribute {
+        id: "d1".into(),
+        template: "t1".into(),
+        selector: Some(TagSelector::Number(300)),
+        nodes: vec!["n1".into(), "n2".into()],
+        group: Some("g1".into()),
+    };
+    let bare = Command::Distribute {
+        id: "d2".into(),
+        template: "t1".into(),
+        selector: None,
+        nodes: Vec::new(),
+        group: None,
+    };
+    let cancel = Command::CancelDistribution { id: "d1".into() };
+    let expire = Command::ExpireDistributions {
+        ids: vec!["d1".into(), "d2".into()],
+        patience_ms: 86_400_000,
+        retention_ms: 7_200_000,
+    };
+    vec![
+        ("distribute", distribute),
+        ("distribute-bare", bare),
+        ("cancel-distribution", cancel),
+        ("expire-distributions", expire),
+        ("evict-images", evict("t1", &["n1", "n2"])),
+        ("evict-everywhere", evict("t2", &[])),
+    ]
 }
 
 fn note_commands() -> Vec<(&'static str, Command)> {
@@ -372,6 +444,10 @@ fn weighed_commands() -> Vec<(&'static str, Command)> {
         (
             "add-artifact-within",
             within(300, Addition::Artifact(Box::new(put))),
+        ),
+        (
+            "restart-instance",
+            Command::RestartInstance { id: "i1".into() },
         ),
     ]
 }
@@ -587,6 +663,7 @@ fn all_outcomes() -> Vec<(&'static str, Outcome)> {
         ("published", published),
         ("bound", Outcome::Bound(3)),
         ("registered", Outcome::Registered("n1".into())),
+        ("asked", Outcome::Asked(vec!["n1".into(), "n2".into()])),
     ];
     let refusals = [
         ("template-unknown", Refusal::TemplateUnknown(text())),
@@ -603,6 +680,7 @@ fn all_outcomes() -> Vec<(&'static str, Outcome)> {
             Refusal::ArtifactUnknown(sample::sha256(5)),
         ),
         ("refused-stale", Refusal::Stale),
+        ("distribution-unknown", Refusal::DistributionUnknown(text())),
     ];
     all.extend(refusals.map(|(name, refusal)| (name, Outcome::Refused(refusal))));
     all

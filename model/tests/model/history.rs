@@ -4,6 +4,7 @@
 use crate::sample::{self, Random};
 use mainstay_model::codec::{decode_envelope, encode_envelope};
 use mainstay_model::command::{ArtifactPut, ArtifactTemplate, Binding, Command, TagSelector};
+use mainstay_model::distribution::Delivery;
 use mainstay_model::group::Group;
 use mainstay_model::instance::{Observation, ObservedPhase, Script, ScriptResult, Value, VmInfo};
 use mainstay_model::invariants;
@@ -31,6 +32,9 @@ fn every_prefix_can_be_rebuilt() {
         "Terminated",
         "Error",
         "forgotten",
+        "waits for an image",
+        "given up an image",
+        "shall drop an image",
     ] {
         assert!(kinds.contains(needed), "no history had: {needed}");
     }
@@ -89,6 +93,17 @@ fn run(seed: u64, steps: u64) -> BTreeSet<&'static str> {
                 None => kinds.insert("forgotten"),
             };
         }
+        let distributions = state.distributions.values();
+        for delivery in distributions.flat_map(|d| d.nodes.values()) {
+            kinds.insert(match delivery {
+                Delivery::Wanted => "waits for an image",
+                Delivery::Done => "has an image",
+                Delivery::Ended(_) => "given up an image",
+            });
+        }
+        if !state.evictions.is_empty() {
+            kinds.insert("shall drop an image");
+        }
         log.push(envelope);
 
         // A checkpoint comes after any number of commands; a change says the newest value.
@@ -123,6 +138,7 @@ fn kind(outcome: &Outcome) -> &'static str {
         Outcome::Bound(n) if *n > 0 => "bound",
         Outcome::Bound(_) => "bound nothing",
         Outcome::Registered(_) => "registered",
+        Outcome::Asked(_) => "asked",
         Outcome::Refused(_) => "refused",
     }
 }
@@ -313,6 +329,10 @@ fn node_command(r: &mut Random) -> Command {
                 lost: r.one_in(2) && !reachable,
             }
         }
+        _ if r.one_in(3) => Command::EvictImages {
+            template: format!("t{}", r.below(3)).into(),
+            nodes: (0..r.below(2)).map(|_| node(r)).collect(),
+        },
         _ => Command::SetNodeImages {
             id,
             images: (0..r.below(4))
@@ -395,7 +415,22 @@ fn artifact_command(r: &mut Random) -> Command {
 }
 
 fn note_command(r: &mut Random, id: mainstay_model::TemplateId) -> Command {
-    match r.below(3) {
+    match r.below(7) {
+        3..=4 => Command::Distribute {
+            id: format!("d{}", r.below(5)).into(),
+            template: id,
+            selector: r.one_in(2).then(|| TagSelector::Number(r.below(3) as u32)),
+            nodes: (0..r.below(3)).map(|_| node(r)).collect(),
+            group: None,
+        },
+        5 => Command::CancelDistribution {
+            id: format!("d{}", r.below(5)).into(),
+        },
+        6 => Command::ExpireDistributions {
+            ids: (0..5).map(|n| format!("d{n}").into()).collect(),
+            patience_ms: r.below(200),
+            retention_ms: r.below(50),
+        },
         0 => Command::DescribeTag {
             id,
             selector: r.one_in(2).then(|| TagSelector::Number(r.below(4) as u32)),

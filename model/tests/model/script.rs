@@ -149,6 +149,8 @@ impl Runner {
             assert_eq!(same.templates, self.state.templates);
             assert_eq!(same.repositories, self.state.repositories);
             assert_eq!(same.groups, self.state.groups);
+            assert_eq!(same.distributions, self.state.distributions);
+            assert_eq!(same.evictions, self.state.evictions);
         }
         let changed = self.state.take_changes();
         let names = changed
@@ -206,6 +208,23 @@ impl Runner {
                         let (id, content) = (&template.id, &tag.content);
                         let (arch, text) = (&content.arch, &content.description);
                         writeln!(out, "{id}/{} arch={arch:?} {text:?}", tag.number).unwrap();
+                    }
+                }
+            }
+            "distributions" => {
+                for d in self.state.distributions.values() {
+                    let ended = d.ended_ms.map(|at| format!(" ended@{at}"));
+                    let ended = ended.unwrap_or_default();
+                    writeln!(out, "{} {}/{} {}{ended}", d.id, d.template, d.number, d.tag).unwrap();
+                    for (node, delivery) in &d.nodes {
+                        writeln!(out, "  {node} {delivery:?}").unwrap();
+                    }
+                }
+            }
+            "evictions" => {
+                for node in self.state.nodes.keys() {
+                    for (of, number) in self.state.evicted_on(node) {
+                        writeln!(out, "{node} {of}/{number}").unwrap();
                     }
                 }
             }
@@ -305,6 +324,7 @@ impl Runner {
             "publish" | "held" | "lost-copy" | "retire" | "revert" | "delete-tag"
             | "delete-template" => template_command(verb, args),
             "describe" | "pulled" | "quota" => note_command(verb, args),
+            "distribute" | "cancel" | "forget" | "evict" => distribute_command(verb, args),
             _ => node_command(verb, args),
         }
     }
@@ -394,8 +414,9 @@ fn key_name(key: &[u8]) -> String {
             let (name, digest) = key[1..].split_at(key.len() - 34);
             format!("w:{}/{}", String::from_utf8_lossy(name), digest[1])
         }
-        b'x' => format!(
-            "x:{}",
+        table @ (b'e' | b'k' | b'x') => format!(
+            "{}:{}",
+            char::from(table),
             String::from_utf8_lossy(&key[1..]).replace('\0', ":")
         ),
         b'm' => {
@@ -429,6 +450,32 @@ fn note_command(verb: &str, args: &Words<'_>) -> Command {
         _ => Command::SetQuota {
             template: args.text("of"),
             bytes: args.number("bytes"),
+        },
+    }
+}
+
+/// `distribute d1 of=t1 [tag=v1] [nodes=n1,n2] [group=g1]`, `cancel d1`, `forget d1 d2 keep=5 [patience=9]`,
+/// `evict t1 [nodes=n1]`.
+fn distribute_command(verb: &str, args: &Words<'_>) -> Command {
+    match verb {
+        "distribute" => Command::Distribute {
+            id: args.bare[0].into(),
+            template: args.get("of").unwrap_or("t1").into(),
+            selector: args.text("tag").map(TagSelector::Name),
+            nodes: args.list("nodes").into_iter().map(Into::into).collect(),
+            group: args.get("group").map(Into::into),
+        },
+        "evict" => Command::EvictImages {
+            template: args.bare[0].into(),
+            nodes: args.list("nodes").into_iter().map(Into::into).collect(),
+        },
+        "cancel" => Command::CancelDistribution {
+            id: args.bare[0].into(),
+        },
+        _ => Command::ExpireDistributions {
+            ids: args.bare.iter().map(|id| (*id).into()).collect(),
+            patience_ms: args.number("patience").unwrap_or(u64::MAX),
+            retention_ms: args.number("keep").unwrap_or(0),
         },
     }
 }
@@ -672,6 +719,10 @@ fn show_outcome(outcome: &Outcome) -> String {
         Outcome::Bound(n) => format!("bound {n}"),
         Outcome::Registered(id) => format!("registered {id}"),
         Outcome::Done => "done".into(),
+        Outcome::Asked(nodes) => {
+            let nodes: Vec<&str> = nodes.iter().map(|n| n.as_str()).collect();
+            format!("asked {}", nodes.join(" "))
+        }
         Outcome::Refused(why) => format!("refused: {why:?}"),
     }
 }

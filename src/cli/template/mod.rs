@@ -1,9 +1,11 @@
-//! `mainstay template`: push, pull, list, show, delete, revert, replicas. Talks to the API port for
+//! `mainstay template`: push, pull, list, show, delete, revert, replicas, distribute. Talks to the API port for
 //! what the dialect knows, and to the registry ports (learnt from the member list) for bytes.
 
 mod copy;
+mod distribute;
 
 use self::copy::{PullArgs, PushArgs};
+use self::distribute::DistributeArgs;
 use super::client::{ApiClient, query};
 use super::table::{self, Output, Table};
 use anyhow::{Context as _, bail};
@@ -76,6 +78,26 @@ enum TemplateCommand {
         #[arg(long)]
         tag: Option<String>,
     },
+    /// Let nodes fetch a tag before an instance needs it
+    Distribute(DistributeArgs),
+    /// Show distributions, or how far one is on each node
+    Distributions {
+        /// Request id; all when absent
+        id: Option<String>,
+    },
+    /// Nodes that have not fetched it need not; what is on others stays
+    CancelDistribution {
+        /// Request id
+        id: String,
+    },
+    /// Let nodes drop what they have cached of a template; what a VM stands on goes after its end
+    RemoveFromNodes {
+        /// Template, by name or id; by id also one that was deleted
+        template: String,
+        /// On this node, by name or id; may be repeated [default: all]
+        #[arg(long = "node", value_name = "NODE")]
+        nodes: Vec<String>,
+    },
 }
 
 /// Carry out a `template` command.
@@ -138,6 +160,16 @@ pub async fn run(args: TemplateArgs, endpoints: &[String], output: Output) -> an
                 &json!({"id": id}),
                 &format!("template {template} reverted"),
             )
+        }
+        TemplateCommand::Distribute(args) => distribute::request(&client, &args, output).await,
+        TemplateCommand::Distributions { id } => {
+            distribute::show(&client, id.as_deref(), output).await
+        }
+        TemplateCommand::CancelDistribution { id } => {
+            distribute::cancel(&client, &id, output).await
+        }
+        TemplateCommand::RemoveFromNodes { template, nodes } => {
+            distribute::evict(&client, &template, &nodes, output).await
         }
         TemplateCommand::Replicas { template, tag } => {
             replicas(&client, &template, tag.as_deref(), output).await
@@ -358,6 +390,13 @@ mod tests {
             "x revert d --tag v1",
             "x revert d --number 3",
             "x replicas d",
+            "x distribute d --tag v1 --node n1 --node n2 --wait",
+            "x distribute d --group g1 --wait --timeout 60",
+            "x distributions",
+            "x distributions 1234",
+            "x cancel-distribution 1234",
+            "x remove-from-nodes d",
+            "x remove-from-nodes d --node n1 --node n2",
         ] {
             Cli::try_parse_from(line.split(' '))
                 .map(|c| c.args)

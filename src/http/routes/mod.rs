@@ -1,6 +1,7 @@
 //! The handlers, by object. Each reads the call, asks the app, converts the answer.
 
 mod cluster;
+mod distribute;
 mod group;
 mod hardware;
 mod health;
@@ -78,6 +79,12 @@ fn cluster_and_templates() -> OpenApiRouter<ApiState> {
         .routes(routes!(template::describe, template::remove_tag))
         .routes(routes!(template::revert))
         .routes(routes!(template::disk))
+        .routes(routes!(
+            distribute::get,
+            distribute::request,
+            distribute::cancel
+        ))
+        .routes(routes!(distribute::evict))
         .routes(routes!(cluster::members))
         .routes(routes!(cluster::status))
         .routes(routes!(snapshot::save))

@@ -108,7 +108,7 @@ pub(super) async fn describe(
 }
 
 /// A tag by `tag`, else by `version` or `number`.
-fn selector(call: &Call) -> Result<Option<TagSelector>, ApiError> {
+pub(super) fn selector(call: &Call) -> Result<Option<TagSelector>, ApiError> {
     if let Some(name) = call.text("tag")? {
         return Ok(Some(TagSelector::Name(name)));
     }
