@@ -211,7 +211,7 @@ fn many_long_outputs_become_several_commands_with_the_ends() {
 
 #[test]
 fn a_node_is_told_what_to_fetch_until_it_has_had_it() {
-    let mut world = World::new(0);
+    let mut world = World::new(1);
     let told = |world: &World| {
         let set = desired_set(&world.state, &NodeId::from("n1")).unwrap();
         (set.generation, set.images)
@@ -251,7 +251,7 @@ fn a_node_is_told_what_to_fetch_until_it_has_had_it() {
 
 #[test]
 fn a_node_is_told_what_to_drop_until_it_has() {
-    let mut world = World::new(0);
+    let mut world = World::new(1);
     let has = |world: &mut World, images: Vec<ImageRef>| {
         let report = Report {
             images,

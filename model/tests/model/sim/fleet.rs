@@ -41,6 +41,9 @@ pub struct Machine {
     /// A connection is being tried.
     pub connecting: bool,
     pub images: BTreeSet<(TemplateId, u32)>,
+    /// Images that its agent was told to have, and to drop.
+    pub named: BTreeSet<(TemplateId, u32)>,
+    pub evict: BTreeSet<(TemplateId, u32)>,
 }
 
 impl Machine {
@@ -66,6 +69,34 @@ impl Machine {
             working: false,
             connecting: false,
             images: BTreeSet::new(),
+            named: BTreeSet::new(),
+            evict: BTreeSet::new(),
+        }
+    }
+
+    /// Take over a set, its images as the agent's `converge::images` does.
+    pub fn accept(&mut self, set: DesiredSet) -> bool {
+        let of = |images: &[ImageRef]| {
+            let each = images.iter();
+            each.map(|i| (TemplateId::from(i.template_id.as_str()), i.number))
+                .collect()
+        };
+        let (named, evict) = (of(&set.images), of(&set.evict));
+        let accepted = self.agent.accept(set);
+        if accepted {
+            (self.named, self.evict) = (named, evict);
+        }
+        accepted
+    }
+
+    /// An image has come: the oldest that nobody asked for makes room.
+    pub fn cache(&mut self, image: (TemplateId, u32)) {
+        self.images.insert(image);
+        let mut free = self.images.iter().filter(|i| !self.named.contains(*i));
+        if self.images.len() > 2
+            && let Some(oldest) = free.next().cloned()
+        {
+            self.images.remove(&oldest);
         }
     }
 
@@ -76,6 +107,8 @@ impl Machine {
         self.session = None;
         self.working = false;
         self.connecting = false;
+        self.named.clear();
+        self.evict.clear();
         if reboot {
             self.agent.reboot();
         } else {
@@ -110,8 +143,21 @@ pub fn line(state: &State, node: &NodeId) -> Option<DesiredSet> {
     Some(DesiredSet {
         generation,
         instances: desired(state, node).map(wish).collect(),
+        images: state
+            .wanted_on(node)
+            .map(|d| image(&d.template, d.number))
+            .collect(),
+        evict: state.evicted_on(node).map(|(of, n)| image(of, n)).collect(),
         ..DesiredSet::default()
     })
+}
+
+fn image(of: &TemplateId, number: u32) -> ImageRef {
+    ImageRef {
+        template_id: of.to_string(),
+        number,
+        ..ImageRef::default()
+    }
 }
 
 /// As the server's `agents::translate` reads it.

@@ -91,7 +91,7 @@ impl World {
     }
 
     fn wish(&mut self) -> Option<Command> {
-        match self.random.below(32) {
+        match self.random.below(35) {
             0..=11 => self.start(),
             12..=21 => {
                 let id = self.any_instance()?;
@@ -108,8 +108,35 @@ impl World {
                 let id = self.any_instance()?;
                 Some(Command::RestartInstance { id })
             }
+            32..=34 => self.distribute(),
             _ => self.change_templates(),
         }
+    }
+
+    /// An image ahead of its instances, or away again.
+    fn distribute(&mut self) -> Option<Command> {
+        let templates: Vec<_> = self.cluster.head.templates.keys().cloned().collect();
+        let known = self.cluster.head.features >= mainstay_model::feature::EVICT;
+        if templates.is_empty() || !known {
+            return None;
+        }
+        let template = self.random.pick(&templates).clone();
+        let at = self.any_node();
+        let node = self.fleet[at].id.clone();
+        let some = self.random.one_in(2).then_some(node);
+        let nodes: Vec<_> = some.into_iter().collect();
+        let id = format!("d{}", self.random.below(8)).as_str().into();
+        Some(match self.random.below(6) {
+            0..=2 => Command::Distribute {
+                id,
+                template,
+                selector: None,
+                nodes,
+                group: None,
+            },
+            3 => Command::CancelDistribution { id },
+            _ => Command::EvictImages { template, nodes },
+        })
     }
 
     fn start(&mut self) -> Option<Command> {

@@ -219,6 +219,12 @@ pub fn rest(state: &State, fleet: &[Machine], now: u64) -> Checked {
             format!("node {} has not joined", machine.id)
         })?;
     }
+    let waits = state.distributions.values().find(|d| d.waits());
+    ensure(waits.is_none(), || format!("still waited for: {waits:?}"))?;
+    let evicted = state.evictions.first_key_value();
+    ensure(evicted.is_none(), || {
+        format!("still to be dropped: {evicted:?}")
+    })?;
     let left = state.left.keys().next();
     ensure(left.is_none(), || {
         format!("instance {left:?}: still left behind")

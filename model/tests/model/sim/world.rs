@@ -13,6 +13,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Milliseconds that an ended instance is kept.
 const RETENTION_MS: u64 = 10_000;
+/// How long nodes have to fetch what is distributed.
+const PATIENCE_MS: u64 = 60_000;
 /// Decisions in one `Bind`.
 const BIND_MAX: usize = 512;
 /// Within which everything must come to rest once the faults have stopped.
@@ -412,6 +414,16 @@ impl World {
             let retention_ms = RETENTION_MS;
             self.propose(leader, Command::ExpireInstances { ids, retention_ms });
         }
+        let (patience_ms, retention_ms) = (PATIENCE_MS, RETENTION_MS);
+        let ids = plan::overdue(&self.cluster.head, patience_ms, retention_ms, now);
+        if !ids.is_empty() && self.now >= self.cluster.silent_until {
+            let over = Command::ExpireDistributions {
+                ids,
+                patience_ms,
+                retention_ms,
+            };
+            self.propose(leader, over);
+        }
         self.after(2_000, Event::Expire { term });
     }
 
@@ -546,7 +558,7 @@ impl World {
         if !open || !machine.linked || !machine.up {
             return;
         }
-        if !machine.agent.accept(set) {
+        if !machine.accept(set) {
             self.count("sets refused");
             self.fleet[node].session = None;
             return self.connect_later(node, 100);
@@ -591,10 +603,8 @@ impl World {
                 truth::vms(&self.cluster.head, &self.fleet)?;
                 let instance = self.cluster.head.instances.get(&id.as_str().into());
                 let image = instance.map(|i| (i.request.template.clone(), i.tag_number));
-                let images = &mut self.fleet[node].images;
-                images.extend(image);
-                if images.len() > 2 {
-                    images.pop_first();
+                if let Some(image) = image {
+                    self.fleet[node].cache(image);
                 }
             }
             Did::Removed => self.count("VMs removed"),
@@ -631,6 +641,26 @@ impl World {
             // It notices, and looks for another home.
             machine.session = None;
             return self.connect_later(node, beat_ms);
+        }
+        // An image comes, another goes; not every time.
+        let come = machine.named.difference(&machine.images).next().cloned();
+        let goes = machine.evict.intersection(&machine.images).next().cloned();
+        let (come, goes) = match self.calm || self.random.one_in(2) {
+            true => (come, goes),
+            false => (None, None),
+        };
+        if come.is_some() {
+            self.count("images fetched ahead");
+        }
+        if goes.is_some() {
+            self.count("images dropped");
+        }
+        let machine = &mut self.fleet[node];
+        if let Some(image) = come {
+            machine.cache(image);
+        }
+        if let Some(image) = goes {
+            machine.images.remove(&image);
         }
         let seen = machine.agent.observe().iter().map(observation).collect();
         let images = machine.images.clone();
