@@ -64,11 +64,10 @@ impl Appender {
     /// Fill up to a whole block, write what is gathered, and make everything durable.
     pub(super) fn commit(&mut self) -> Result<()> {
         self.pad()?;
-        // Beside the one before, if that is still being written.
+        // In order: a process that dies leaves no gap before something whole.
+        self.wait()?;
         let written = self.buffer.write_to(&*self.file);
-        let before = self.wait();
         self.written(written, None)?;
-        before?;
         self.buffer.restart(self.buffer.end());
         self.file.sync_data().map_err(io("fdatasync", &self.path))
     }
