@@ -1,6 +1,6 @@
-//! Images that the desired set names, to be had or to be dropped. Those to be had are fetched in the background, a few at a time, tried again until they are here or
-//! not named any more. They stay until the controller has taken note and names them no more; from then on a node that
-//! needs the room drops them like any other.
+//! Images that the desired set names, to be had or to be dropped. Those to be had are fetched in the background, a
+//! few at a time, tried again until they are here or not named any more. They stay until the controller has taken
+//! note and names them no more; from then on a node that needs the room drops them like any other.
 
 use super::executor::Inner;
 use crate::cache::Image;

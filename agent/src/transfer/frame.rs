@@ -19,7 +19,7 @@ const ZSTD: u8 = 1;
 const WORTH_IT: usize = 20;
 
 thread_local! {
-    /// Making these anew for every chunk costs about as much as using them for one.
+    /// Made once for each thread, not for each chunk.
     static COMPRESSOR: RefCell<Option<Compressor<'static>>> = const { RefCell::new(None) };
     static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
 }
