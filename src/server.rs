@@ -483,6 +483,7 @@ impl Member {
                     let space = Arc::clone(&space);
                     Box::new(move || space.left())
                 },
+                central_log: registry::CentralLog::new(port.config.data_dir.join("central-logs")),
             },
             port.config.upkeep,
         );

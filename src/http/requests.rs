@@ -176,7 +176,7 @@ pub struct NodeConfig {
     ram_override: Option<u64>,
     /// No new instances
     drain_mode: Option<bool>,
-    /// Read and ignored: there is no central log
+    /// Read and ignored: agents send nothing to the central log
     disable_central_logging: Option<bool>,
 }
 

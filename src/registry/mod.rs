@@ -14,7 +14,7 @@
 //! * `replicate`: makes this member hold every tag; `replicas` shows how far that is.
 //! * `roots`: what must stay; `collect`: gives back the room of everything else.
 //! * `scrub`: finds what the disk has spoilt.
-//! * `dialect`: the registry's REST dialect for third parties.
+//! * `dialect`: the registry's REST dialect for third parties; `central_log`: lines that they send.
 //! * `answer`: envelope, parameters, refusals.
 //! * `oci`: the OCI distribution API over the same store and commits.
 //!
@@ -25,6 +25,7 @@
 mod admit;
 mod answer;
 mod catalog;
+mod central_log;
 mod collect;
 mod dialect;
 mod fetch;
@@ -47,6 +48,7 @@ mod usage;
 mod walk;
 
 pub use catalog::Catalog;
+pub use central_log::CentralLog;
 pub use collect::CollectConfig;
 pub use scrub::ScrubConfig;
 pub use swarm::SentFigures;
@@ -99,6 +101,8 @@ pub struct Disk {
     pub may_store: Box<Room>,
     /// Asked before a push begins.
     pub left: Box<Left>,
+    /// Where lines that other programs send are kept.
+    pub central_log: CentralLog,
 }
 
 /// What a handler is given.
@@ -187,6 +191,7 @@ pub struct RegistryService {
     swarm: swarm::Swarm,
     room: Box<Room>,
     left: Box<Left>,
+    central_log: Arc<CentralLog>,
     /// Room that pushes under way were told of.
     reserved: reserve::Reserved,
     under_way: reserve::UnderWay,
@@ -238,6 +243,7 @@ impl RegistryService {
             sums: Semaphore::new(1),
             room: disk.may_store,
             left: disk.left,
+            central_log: Arc::new(disk.central_log),
             reserved: reserve::Reserved::default(),
             under_way: reserve::UnderWay::default(),
             pace: pace::Pace::new(upkeep.replicate_rate),
@@ -346,6 +352,9 @@ pub fn registry_router(service: Arc<RegistryService>) -> Router {
         .route("/registry/vm/arch", put(dialect::set_arch))
         .route("/registry/revert", delete(dialect::revert))
         .route("/registry/disk", get(dialect::disk))
+        // Whoever asks for this only wants to know whether someone listens.
+        .route("/", get(dialect::status))
+        .route("/log", get(central_log::show).post(central_log::append))
         .with_state(Arc::clone(&service));
     let inner = dialect
         .merge(transfer_router(Arc::clone(&service)))

@@ -57,7 +57,7 @@ fn config(call: &Call) -> Result<NodeConfig, ApiError> {
         Some("resource") => Some(CapacityMode::Resource),
         Some(_) => return Err(wrong("capacity_mode", "number or resource")),
     };
-    // Central logging is not ours; the member is read so that a wrong type is still named.
+    // Agents send nothing to the central log; the member is read so that a wrong type is still named.
     call.flag("disable_central_logging")?;
     let small = |name| -> Result<Option<u32>, ApiError> {
         Ok(call

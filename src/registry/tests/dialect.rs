@@ -31,6 +31,7 @@ async fn the_dialect_answers_as_the_contract_says() {
         status["body"],
         json!({"status": "Running", "version": "1.0-test"})
     );
+    assert_eq!(call("GET", &url("/"), None).await.1, status);
     for path in ["/registry/vm", "//registry//v2/vm"] {
         let (code, list) = call("GET", &url(path), None).await;
         assert_eq!(
@@ -110,4 +111,65 @@ async fn the_dialect_answers_as_the_contract_says() {
             (200, &json!("FAIL"), &json!("Not found"))
         );
     }
+}
+
+/// Lines of other programs: any member takes them, in whatever form `curl -d` gives them.
+#[tokio::test]
+async fn the_central_log_takes_lines_and_shows_them() {
+    let cluster = Cluster::new(1);
+    let member = cluster.serve(1, false).await;
+    let url = format!("{}/log", member.url);
+    let (code, none) = call("GET", &url, None).await;
+    assert_eq!((code, &none["body"]), (200, &json!([])));
+    let line = |service: &str, content: &str| {
+        let line =
+            json!({"machine_name": "m1", "service": service, "host": "h", "content": content});
+        Some(line.to_string().into_bytes())
+    };
+    for content in ["one", "two\nlines\u{1b}[0m", ""] {
+        let (code, done) = call("POST", &url, line("Join Service", content)).await;
+        assert_eq!((code, done["status"].clone()), (200, json!("OK")));
+    }
+    let (_, kept) = call("GET", &url, None).await;
+    assert_eq!(kept["body"][0]["service"], "Join Service");
+    assert!(kept["body"][0]["bytes"].is_u64() && kept["body"][0]["last_write"].is_u64());
+    let (_, text) = call("GET", &format!("{url}?service=Join%20Service"), None).await;
+    let text = text.as_str().unwrap();
+    let ends: Vec<&str> = text.lines().map(|l| l.split_once(' ').unwrap().1).collect();
+    assert_eq!(
+        ends,
+        ["[m1] [h] one", r"[m1] [h] two\nlines\u{1b}[0m", "[m1] [h] "]
+    );
+    let (_, end) = call("GET", &format!("{url}?service=Join+Service&bytes=40"), None).await;
+    assert!(end.as_str().unwrap().lines().count() == 1, "{end}");
+    let (code, unknown) = call("GET", &format!("{url}?service=x"), None).await;
+    assert_eq!((code, &unknown["message"]), (200, &json!("Not found")));
+
+    let long = "x".repeat(70_000);
+    let wrong = [
+        (line("", "x"), 400, "service is missing"),
+        (
+            line(&long[..81], "x"),
+            400,
+            "service is longer than 80 bytes",
+        ),
+        (line("s", &long), 400, "content is longer than 65536 bytes"),
+        (Some(b"service=s".to_vec()), 400, "the body is not JSON"),
+        (None, 400, "service is missing"),
+    ];
+    for (body, status, message) in wrong {
+        let (code, answer) = call("POST", &url, body).await;
+        assert_eq!(code, status);
+        let said = answer["message"].as_str().unwrap();
+        assert!(said.starts_with(message), "{said}");
+    }
+    cluster.shared.full.lock().insert(1);
+    let (code, full) = call("POST", &url, line("s", "x")).await;
+    assert_eq!((code, &full["message"]), (507, &json!("no room")));
+    let (_, kept) = call("GET", &url, None).await;
+    assert_eq!(
+        kept["body"].as_array().unwrap().len(),
+        1,
+        "nothing of these was kept"
+    );
 }

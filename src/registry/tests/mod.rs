@@ -200,6 +200,7 @@ impl Cluster {
         let disk = Disk {
             may_store: Box::new(room),
             left: Box::new(left),
+            central_log: CentralLog::new(self.dir.path().join(format!("central-logs-{id}"))),
         };
         let version = "1.0-test".to_owned();
         let service = RegistryService::new(
