@@ -46,6 +46,7 @@ torture:
 	MAINSTAY_CHUNK_LIVES=300 cargo test -p mainstay-storage --test conformance members_that_die -- --nocapture
 	MAINSTAY_PUSH_MB=2048 cargo test --test process a_large_push -- --nocapture
 	MAINSTAY_ABANDONED=10000 cargo test --lib tiny_uploads -- --nocapture
+	MAINSTAY_IDLE_SECONDS=100 cargo test --test process every_client -- --nocapture
 	MAINSTAY_BUCKET_STEPS=1000 cargo test --test process members_rely_on_a_real_bucket -- --nocapture
 
 verify:

@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::Duration;
 
 /// The tiny guest, built once.
-fn guest() -> PathBuf {
+pub(crate) fn guest() -> PathBuf {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let image = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("tiny.qcow2");
     if !image.exists() {

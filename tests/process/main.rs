@@ -9,6 +9,7 @@
 mod big_push;
 mod bootstrap;
 mod clean_stop;
+mod clients;
 mod cluster;
 mod distribute;
 mod faults;
