@@ -31,24 +31,11 @@ use serde::Serialize;
 use std::collections::BTreeSet;
 use std::time::Duration;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 /// A member that answers within this time counts as alive.
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most tags that a sentence names.
 const NAMED_MAX: usize = 5;
-
-/// The routes.
-pub(super) fn routes() -> OpenApiRouter<ApiState> {
-    OpenApiRouter::new()
-        .routes(routes!(add))
-        .routes(routes!(promote))
-        .routes(routes!(update))
-        .routes(routes!(replace))
-        .routes(routes!(remove))
-        .routes(routes!(transfer))
-}
 
 /// The newest membership.
 async fn newest(api: &ApiState) -> Result<Status, ApiError> {
@@ -217,7 +204,7 @@ async fn take_out(
     summary = "Take out the old identity of a member that has lost its disk",
     request_body(content = requests::LeavingMember, content_type = "application/json"),
     responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
-async fn replace(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+pub(super) async fn replace(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let next = |name: &str| {
         format!(
             "the old identity of member {name} was removed: start {name} with an empty data directory (or leave it running if it already is) and it joins"
@@ -251,7 +238,7 @@ async fn replace(State(api): State<ApiState>, call: Call) -> Result<Response, Ap
     summary = "Take a member out for good",
     request_body(content = requests::LeavingMember, content_type = "application/json"),
     responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
-async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+pub(super) async fn remove(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let force = call.flag("force")?.unwrap_or(false);
     let status = newest(&api).await?;
     let (id, at) = match leaving(&api, &call, &status).await {
@@ -295,7 +282,7 @@ struct Added {
     summary = "Check that a member can be added, and say how; changes nothing",
     request_body(content = requests::AddMember, content_type = "application/json"),
     responses((status = 200, description = "OK, or FAIL and why", body = Answer<Added>)))]
-async fn add(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+pub(super) async fn add(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let name = call.required("name")?;
     let learner = call.flag("learner")?.unwrap_or(false);
     config::check_name(&name).map_err(|e| ApiError::fail(e.0))?;
@@ -334,7 +321,7 @@ async fn add(State(api): State<ApiState>, call: Call) -> Result<Response, ApiErr
     summary = "Give a learner its vote",
     request_body(content = requests::MemberName, content_type = "application/json"),
     responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
-async fn promote(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+pub(super) async fn promote(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let status = newest(&api).await?;
     let (id, at) = find(&status, &call.required("name")?)?;
     let name = &at.member.name;
@@ -354,7 +341,7 @@ async fn promote(State(api): State<ApiState>, call: Call) -> Result<Response, Ap
     summary = "Tell all where a member is",
     request_body(content = requests::MemberAddress, content_type = "application/json"),
     responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
-async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+pub(super) async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
     let given = |name: &str, port| {
         let text = call.text(name)?;
         let url = text.map(|text| config::plain_url(&text, port)).transpose();
@@ -398,7 +385,10 @@ async fn update(State(api): State<ApiState>, call: Call) -> Result<Response, Api
     summary = "Hand leadership over",
     request_body(content = requests::MemberName, content_type = "application/json"),
     responses((status = 200, description = "OK, or FAIL and why", body = Answer<String>)))]
-async fn transfer(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
+pub(super) async fn transfer(
+    State(api): State<ApiState>,
+    call: Call,
+) -> Result<Response, ApiError> {
     let to = match call.text("name")? {
         None => None,
         Some(name) => Some(find(&newest(&api).await?, &name)?.0),
