@@ -355,7 +355,8 @@ async fn send_names(registry: &Registry, source: &Arc<Source>) -> Result<Id, Fai
 enum Waited {
     /// Held, or deleted meanwhile, or out of time: the newest that is known.
     Settled(TagInfo),
-    /// The member that took the push does not answer, and it may be the only one with the bytes.
+    /// The member that took the push does not answer, and it may be the only one with the bytes; or it has
+    /// lost them, and nobody holds them.
     HolderLost(TagInfo),
 }
 
@@ -381,6 +382,9 @@ async fn wait_held(holder: &Registry, mut tag: TagInfo, until: Instant) -> Waite
             Ok(newer) => {
                 tag = newer;
                 pauses = PAUSES_MS.iter();
+                if tag.holders.is_empty() {
+                    return Waited::HolderLost(tag);
+                }
             }
             // Deleted meanwhile: what was published is all there is to say.
             Err(CallError::Refused(_)) => break,

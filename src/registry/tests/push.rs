@@ -320,3 +320,49 @@ async fn publish(member: &TestMember, template: &str, tag: &str, manifest: &[u8]
         .unwrap();
     (answer.status().as_u16(), answer.text().await.unwrap())
 }
+
+/// The only member with a copy is wiped before anyone has another one: the client, which still has the bytes, brings
+/// them to the next member instead of waiting for copies of nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_push_whose_only_copy_is_lost_is_pushed_again() {
+    let cluster = Cluster::new(3);
+    let (one, two) = (cluster.serve(1, false).await, cluster.serve(2, false).await);
+    let image = cluster.file("image");
+    std::fs::write(&image, noise(7, 2 << 20)).unwrap();
+    let urls = [one.url.clone(), two.url.clone()];
+    let pushing = tokio::spawn(async move {
+        let urls = urls.each_ref().map(String::as_str);
+        push(&urls, &image, &spec("t", "v1", Durability::Majority)).await
+    });
+    eventually("one has it", || cluster.holders("t") == 1).await;
+    let lost = {
+        let state = cluster.shared.state.lock();
+        let template = state.templates.values().next().unwrap();
+        let tag = template.tags.values().next().unwrap();
+        Command::ReportHeld {
+            template: template.id.clone(),
+            number: tag.number,
+            manifest: tag.content.manifest,
+            member: MemberId(1),
+            held: false,
+            voters: BTreeSet::new(),
+        }
+    };
+    let catalog = Fake(Arc::clone(&cluster.shared));
+    let reported = catalog.submit(crate::stamp::command_id(), lost).await;
+    reported.unwrap();
+    let holders = || {
+        let state = cluster.shared.state.lock();
+        let template = state.templates.values().next().unwrap();
+        template.tags.values().next().unwrap().holders.clone()
+    };
+    eventually("two has it", || holders() == [MemberId(2)].into()).await;
+    let _three = cluster.serve(3, true).await;
+    let pushed = pushing.await.unwrap().unwrap();
+    assert!(
+        pushed.tag.is_held() && pushed.tag.visible,
+        "{:?}",
+        pushed.tag
+    );
+    assert!(holders().is_superset(&[MemberId(2), MemberId(3)].into()));
+}
