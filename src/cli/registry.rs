@@ -81,7 +81,7 @@ pub async fn run(args: RegistryArgs, endpoints: &[String], output: Output) -> an
         RegistryCommand::Scrub { now, member } => {
             let members = members(endpoints, member.as_deref()).await?;
             let rows = each(&members, |client| scrub(client, now)).await;
-            table::emit(output, &rows, |rows| draw_scrubs(rows))?;
+            table::emit(output, &rows, |rows| draw_scrubs(rows, now))?;
             let lost = |s: &ScrubStatus| s.broken.first().cloned();
             all_well(&rows, lost)
         }
@@ -290,7 +290,8 @@ fn draw_collections(rows: &[Row<Collection>]) -> Table {
     table
 }
 
-fn draw_scrubs(rows: &[Row<ScrubStatus>]) -> Table {
+/// `asked`: of the round that was waited for; the next one may have begun since.
+fn draw_scrubs(rows: &[Row<ScrubStatus>], asked: bool) -> Table {
     let mut table = Table::new(&[
         "MEMBER",
         "ROUND",
@@ -305,6 +306,10 @@ fn draw_scrubs(rows: &[Row<ScrubStatus>]) -> Table {
             table.row([row.member.as_str(), "", "", "", "", "", row.error.as_str()]);
             continue;
         };
+        let (chunks, damaged) = match asked {
+            true => (now.last_chunks, now.last_damaged),
+            false => (now.round_chunks, now.round_damaged),
+        };
         let percent = now.seen_bytes.min(now.total_bytes) * 100 / now.total_bytes.max(1);
         let ended = match now.ended_ms {
             0 => "never".to_owned(),
@@ -317,12 +322,12 @@ fn draw_scrubs(rows: &[Row<ScrubStatus>]) -> Table {
         message.extend((!now.failure.is_empty()).then(|| now.failure.clone()));
         table.row([
             row.member.clone(),
-            match now.running {
+            match now.running && !asked {
                 true => format!("{percent}%"),
                 false => "done".to_owned(),
             },
-            format!("{} chunks", now.round_chunks),
-            now.round_damaged.to_string(),
+            format!("{chunks} chunks"),
+            damaged.to_string(),
             now.damaged_now.to_string(),
             ended,
             message.join("; "),

@@ -174,6 +174,7 @@ async fn round(
     let mut status = service.scrubber.status.lock();
     status.ended_ms = rounds.ended_ms;
     status.rounds += 1;
+    (status.last_chunks, status.last_damaged) = (status.round_chunks, status.round_damaged);
     status.done = status.done.max(asked.unwrap_or(0));
     if status.round_damaged > 0 {
         tracing::error!(

@@ -408,6 +408,10 @@ pub struct ScrubStatus {
     pub round_bytes: u64,
     /// Those of them that were damaged.
     pub round_damaged: u64,
+    /// What the last whole round found: chunks verified.
+    pub last_chunks: u64,
+    /// Those of them that were damaged.
+    pub last_damaged: u64,
     /// Bytes of packs that the round has passed.
     pub seen_bytes: u64,
     /// Bytes of all packs.
