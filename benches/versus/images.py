@@ -174,13 +174,18 @@ def wait_whole(cluster, tag, limit=600):
     raise SystemExit(f"{tag} was not whole on every member within {limit} s: {rows}")
 
 
-def fetched(cluster):
-    """Bytes that members fetched from each other so far."""
+# A rate that limits nothing, and switches off what is sent ahead during a push: a member copies all by itself, as one does that was away.
+COPIES_ONLY = ("--replicate-rate", "1T")
+
+
+def moved(cluster):
+    """Bytes that members have sent each other so far: fetched by the one, or sent ahead by the other."""
     total = 0
     for port in cluster.api.values():
         page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
-        line = next(l for l in page.splitlines() if l.startswith("mainstay_fetched_bytes_total "))
-        total += int(line.split()[1])
+        for name in ("mainstay_fetched_bytes_total ", "mainstay_sent_ahead_bytes_total "):
+            line = next(l for l in page.splitlines() if l.startswith(name))
+            total += int(line.split()[1])
     return total
 
 
@@ -192,11 +197,16 @@ def end(lab, cluster):
 
 def targets(lab):
     """Two empty folders."""
-    folders = [os.path.join(lab.dir, f"target{n}") for n in (1, 2)]
-    for folder in folders:
+    return folders(lab, 2)
+
+
+def folders(lab, count):
+    """Empty folders."""
+    made = [os.path.join(lab.dir, f"target{n + 1}") for n in range(count)]
+    for folder in made:
         shutil.rmtree(folder, ignore_errors=True)
         os.mkdir(folder)
-    return folders
+    return made
 
 
 def copy_sync(source, folders):

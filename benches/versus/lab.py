@@ -69,9 +69,10 @@ class Lab:
 
 
 class Mainstay:
-    """Three members."""
+    """Three members, with these flags more."""
 
-    def __init__(self, lab, count=3):
+    def __init__(self, lab, count=3, flags=()):
+        self.flags = flags
         self.lab, self.names = lab, [f"c{n + 1}" for n in range(count)]
         self.api = {n: port() for n in self.names}
         self.registry = {n: port() for n in self.names}
@@ -87,7 +88,7 @@ class Mainstay:
             BIN, "server", "--name", name, "--data-dir", os.path.join(self.lab.dir, name),
             "--initial-cluster", cluster, "--listen", f"127.0.0.1:{self.api[name]}",
             "--registry-listen", f"127.0.0.1:{self.registry[name]}",
-            "--peer-listen", f"127.0.0.1:{self.peer[name]}"])
+            "--peer-listen", f"127.0.0.1:{self.peer[name]}", *self.flags])
 
     def wait_ready(self, name, limit=60):
         end = time.time() + limit

@@ -4,6 +4,7 @@
 //! * `catalog`: what is needed of the replicated state, so that tests can do without consensus.
 //! * `transfer`: chunks in and out.
 //! * `publish`: from chunks to a tag.
+//! * `ahead`: what a client sends goes on to other members at once.
 //! * `walk`: what a manifest reaches, and what of it is lacking here.
 //! * `fetch`: chunks from other members; `speeds`: which of them are slow.
 //! * `swarm`: nodes that pull the same at once get it from each other.
@@ -19,10 +20,11 @@
 //! * `oci`: the OCI distribution API over the same store and commits.
 //!
 //! ```text
-//! push -> chunks durable here -> PublishTag -> peers see it, fetch, verify, fsync -> ReportHeld -> visible
+//! push -> chunks durable here -> PublishTag -> peers see it, fetch what they lack, verify, fsync -> ReportHeld -> visible
 //! ```
 
 mod admit;
+mod ahead;
 mod answer;
 mod catalog;
 mod central_log;
@@ -47,6 +49,7 @@ mod transfer;
 mod usage;
 mod walk;
 
+pub use ahead::AheadFigures;
 pub use catalog::Catalog;
 pub use central_log::CentralLog;
 pub use collect::CollectConfig;
@@ -117,6 +120,8 @@ pub struct Upkeep {
     pub scrub: ScrubConfig,
     /// Bytes a second at which it copies tags from other members; 0: no limit.
     pub replicate_rate: u64,
+    /// Is what clients send sent on at once? Not if copies have a limit: they shall keep off the line.
+    pub send_ahead: bool,
 }
 
 impl Default for Upkeep {
@@ -132,6 +137,7 @@ impl Default for Upkeep {
                 every: Duration::from_secs(7 * 24 * 3600),
             },
             replicate_rate: 0,
+            send_ahead: true,
         }
     }
 }
@@ -149,6 +155,8 @@ pub struct Figures {
     pub broken_tags: u64,
     /// What replication did and has to do.
     pub replication: ReplicationFigures,
+    /// What was sent to other members before it was committed.
+    pub ahead: AheadFigures,
     /// What clients and nodes got.
     pub sent: SentFigures,
 }
@@ -185,6 +193,8 @@ pub struct RegistryService {
     walks: Semaphore,
     sums: Semaphore,
     read_through: Semaphore,
+    /// `None`: this member's chunks are not sent ahead.
+    ahead: Option<ahead::Ahead>,
     /// MiB of chunks on their way into copies.
     copied: Semaphore,
     nodes_served: Arc<Semaphore>,
@@ -229,7 +239,10 @@ impl RegistryService {
         upkeep: Upkeep,
     ) -> Arc<Self> {
         let (chunks, names) = stores;
+        let ahead = upkeep.send_ahead && upkeep.replicate_rate == 0 && !chunks.shared();
+        let ahead = ahead.then(|| ahead::Ahead::new(Arc::clone(&peers), member));
         Arc::new(Self {
+            ahead,
             catalog,
             chunks,
             names,
@@ -290,6 +303,11 @@ impl RegistryService {
             scrubs: self.scrubber.status(),
             broken_tags: self.broken.lock().len() as u64,
             replication: self.counts.figures(),
+            ahead: self
+                .ahead
+                .as_ref()
+                .map(ahead::Ahead::figures)
+                .unwrap_or_default(),
             sent: self.swarm.figures(),
         }
     }

@@ -82,24 +82,31 @@ async fn read_ids(request: Request) -> Result<Vec<Id>, Refused> {
     Ok(ids.to_vec())
 }
 
-/// `PUT chunks`: verify and store; answered once everything is durable.
+/// `PUT chunks`: verify and store; answered once everything is durable. `?local=1`: a member sends them ahead.
 pub(super) async fn receive(
     State(service): State<Arc<RegistryService>>,
     request: Request,
 ) -> Answer {
     let params = answer::Params::from_query(request.uri());
     let push = params.get("push").unwrap_or_default();
-    service.receive_all(request.into_body(), push).await.map(ok)
+    let from_member = is_local(&request);
+    let received = service.receive_all(request.into_body(), push, from_member);
+    received.await.map(ok)
 }
 
 impl RegistryService {
-    async fn receive_all(&self, body: Body, push: &str) -> Result<PutAnswer, Refused> {
+    async fn receive_all(
+        &self,
+        body: Body,
+        push: &str,
+        from_member: bool,
+    ) -> Result<PutAnswer, Refused> {
         (self.room)().map_err(full)?;
-        let _turn = self.readers.acquire().await.map_err(|_| stopping())?;
+        let turn = self.readers.acquire().await.map_err(|_| stopping())?;
         let mut stream = body.into_data_stream();
         let mut unframer = Unframer::default();
         let mut batch = Vec::new();
-        let mut bytes = 0;
+        let (mut bytes, mut moved) = (0, 0);
         let mut total = PutAnswer::default();
         let mut due = Instant::now() + BATCH_MAX;
         loop {
@@ -112,9 +119,11 @@ impl RegistryService {
             unframer.push(&piece);
             while let Some(record) = unframer.next_record().map_err(|e| bad(e.to_string()))? {
                 bytes += record.framed_len();
+                moved += record.framed_len() as u64;
                 batch.push(to_stored(record).map_err(bad)?);
                 if bytes >= BATCH_BYTES || batch.len() >= BATCH_RECORDS {
-                    self.store(std::mem::take(&mut batch), &mut total).await?;
+                    let full = std::mem::take(&mut batch);
+                    self.store(full, &mut total, from_member).await?;
                     self.reserved.came(push, bytes as u64);
                     bytes = 0;
                     due = Instant::now() + BATCH_MAX;
@@ -122,20 +131,35 @@ impl RegistryService {
             }
         }
         unframer.finish().map_err(|e| bad(e.to_string()))?;
-        self.store(batch, &mut total).await?;
+        self.store(batch, &mut total, from_member).await?;
         self.reserved.came(push, bytes as u64);
+        drop(turn);
+        if from_member {
+            // It is a part of a copy: what another one may send on is bounded by what it waits for.
+            tokio::time::sleep(self.pace.spend(moved)).await;
+        }
         Ok(total)
     }
 
-    async fn store(&self, batch: Vec<Record>, total: &mut PutAnswer) -> Result<(), Refused> {
+    async fn store(
+        &self,
+        batch: Vec<Record>,
+        total: &mut PutAnswer,
+        from_member: bool,
+    ) -> Result<(), Refused> {
         // Each time: a body has no end that would be known, and others write as well.
         let bytes = batch.iter().map(|r| r.data.len() as u64).sum();
         let _room = self.room_for(bytes).await.map_err(full)?;
         let _turn = self.writers.acquire().await.map_err(|_| stopping())?;
+        let new = match from_member {
+            true => Vec::new(),
+            false => self.new_here(&batch),
+        };
         let chunks = self.chunks.clone();
         let put = tokio::task::spawn_blocking(move || chunks.put(batch)).await;
         match put {
             Ok(Ok(report)) => {
+                self.send_ahead(new);
                 total.stored += report.stored;
                 total.known += report.known;
                 Ok(())
@@ -146,6 +170,23 @@ impl RegistryService {
                 Err(answer::storage(&error))
             }
             Err(_) => Err(stopping()),
+        }
+    }
+}
+
+impl RegistryService {
+    /// Those that are not held yet.
+    pub(super) fn new_here(&self, records: &[Record]) -> Vec<Record> {
+        let new = records.iter().filter(|r| !self.chunks.contains(&r.id));
+        new.cloned().collect()
+    }
+
+    /// These are durable here now: let others have them as well.
+    pub(super) fn send_ahead(&self, new: Vec<Record>) {
+        if let Some(ahead) = &self.ahead
+            && !new.is_empty()
+        {
+            ahead.send(new, &self.catalog.watch().borrow());
         }
     }
 }
@@ -278,7 +319,7 @@ impl RegistryService {
     }
 }
 
-fn to_wire(record: Record) -> WireRecord {
+pub(super) fn to_wire(record: Record) -> WireRecord {
     WireRecord {
         id: record.id.0,
         codec: record.codec as u8,

@@ -94,6 +94,8 @@ fn registry(page: &mut Page, figures: &Figures) {
     page.counter("fetched_chunks_total", fetched, copies.fetched_chunks);
     let fetched = "Bytes of chunks fetched from other members, as sent.";
     page.counter("fetched_bytes_total", fetched, copies.fetched_bytes);
+    let ahead = "Bytes of chunks sent to other members before their tag was committed.";
+    page.counter("sent_ahead_bytes_total", ahead, figures.ahead.bytes);
     let looked = "Tags and artifacts that replication looked at.";
     page.counter("replicate_looked_total", looked, copies.looked_at);
     let sent = "Chunks sent to clients and nodes.";

@@ -250,19 +250,21 @@ impl Ingest {
             let chunks = service.chunks.clone();
             let stored = tokio::task::spawn_blocking(move || store(&chunks, work, &batch, last));
             let stored = stored.await.map_err(|_| Failure::Stopping)?;
-            stored.map_err(Failure::Storage)
+            let (work, new) = stored.map_err(Failure::Storage)?;
+            service.send_ahead(new);
+            Ok(work)
         }));
         Ok(())
     }
 }
 
-/// Blocks.
+/// Blocks. What was stored besides.
 fn store(
     chunks: &ChunkStore,
     mut work: Work,
     batch: &[u8],
     last: bool,
-) -> Result<Work, StorageError> {
+) -> Result<(Work, Vec<Record>), StorageError> {
     work.sha.update(batch);
     let mut records = Vec::new();
     for piece in batch.chunks(CHUNK) {
@@ -278,8 +280,8 @@ fn store(
     if last && !work.ids.is_empty() {
         close_segment(&mut work, &mut records)?;
     }
-    chunks.put(records)?;
-    Ok(work)
+    chunks.put(records.clone())?;
+    Ok((work, records))
 }
 
 fn close_segment(work: &mut Work, records: &mut Vec<Record>) -> Result<(), StorageError> {

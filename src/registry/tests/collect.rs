@@ -22,6 +22,7 @@ fn by_hand() -> Upkeep {
             rate: 0,
             ..usual.scrub
         },
+        send_ahead: false,
         ..usual
     }
 }

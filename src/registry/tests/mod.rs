@@ -1,6 +1,7 @@
 //! The registry over real HTTP and real chunk stores; the replicated state is the real model, the
 //! consensus around it is one lock.
 
+mod ahead;
 mod bad;
 mod bucket;
 mod collect;
@@ -155,7 +156,11 @@ impl Cluster {
         Self {
             shared: Arc::new(shared),
             dir: tempfile::tempdir().unwrap(),
-            upkeep: Upkeep::default(),
+            // Tests of copies want to see who copies what: those of sending ahead switch it on.
+            upkeep: Upkeep {
+                send_ahead: false,
+                ..Upkeep::default()
+            },
             bucket: None,
             hand: Arc::default(),
         }
