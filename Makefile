@@ -38,6 +38,7 @@ torture:
 	MAINSTAY_SCHEDULES=200 cargo test --test process histories_under_faults -- --nocapture
 	MAINSTAY_PULL_MB=1024 MAINSTAY_PULL_NODES=10 cargo test --test process nodes_pull_at_once -- --nocapture
 	cargo test --features seeded-bugs --test process seeded -- --nocapture
+	MAINSTAY_CLONES=10 cargo test --test process suspended_template -- --nocapture
 	MAINSTAY_SIM_SEEDS=20000 cargo test -p mainstay-model --test model sim -- --nocapture
 	cargo test -p mainstay-model --features seeded-bugs --test model sim -- --nocapture
 	MAINSTAY_GC_RACE_SECONDS=1800 cargo test --test process collection_beside -- --nocapture

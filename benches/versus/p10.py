@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""P10: an instance from a cached template until `Started`, beside plain qemu booting the same disk to the same
-point (its guest agent opens its port), in turn.
+"""P10: an instance from a cached template until `Started`, by booting and, of a suspended tag of the same disk, by
+going on in its memory; beside plain qemu booting the same disk to the same point (its guest agent opens its port), in turn.
 
     benches/versus/p10.py GUEST.qcow2 [rounds]
 """
@@ -50,12 +50,15 @@ def rest(cluster, method, path, body=None):
     return json.load(urllib.request.urlopen(request, timeout=12)).get("body")
 
 
-def instance(cluster, template):
+def instance(cluster, template, tag):
     begin = time.time()
-    [vm] = rest(cluster, "POST", "/api/v1/vm", {"vmid": template})
+    [vm] = rest(cluster, "POST", "/api/v1/vm", {"vmid": template, "tag": tag})
     while True:
         state = rest(cluster, "GET", f"/api/v1/vm?id={vm}")
         if state["instance_state"] == "Started":
+            how = state["vminfo"]["accelerator"]
+            if how.endswith("resumed") != (tag == "suspended"):
+                sys.exit(f"{tag}: {how}")
             break
         if state["instance_state"] == "Error":
             sys.exit(state["message"])
@@ -70,14 +73,18 @@ def instance(cluster, template):
 with Lab() as lab, Steal():
     cluster = Mainstay(lab)
     cluster.cli("template", "push", "guest", "--tag", "v1", "--disk", disk)
+    cluster.cli("template", "push", "guest", "--tag", "suspended", "--disk", disk, "--suspend", "--accel", "tcg")
     [template] = [t["id"] for t in rest(cluster, "GET", "/api/v1/registry/vm") if t["name"] == "guest"]
-    lab.spawn("node", [BIN, "node", "join", cluster.endpoints, "--name", "node1", "--driver", "qemu",
+    lab.spawn("node", [BIN, "node", "join", cluster.endpoints, "--name", "node1", "--driver", "qemu", "--accel", "tcg",
                        "--data-dir", os.path.join(lab.dir, "node")])
-    instance(cluster, template)  # fills the image cache
-    a, b = [], []
+    for tag in ("v1", "suspended"):
+        instance(cluster, template, tag)  # fills the image cache
+    a, b, c = [], [], []
     for n in range(rounds):
         b.append(plain(lab))
-        a.append(instance(cluster, template))
-        print(f"round {n + 1}: mainstay {a[-1]:.2f} s, plain qemu {b[-1]:.2f} s", flush=True)
-    print(f"\nmainstay {spread(a)} s, plain qemu {spread(b)} s, ratio {spread([x / y for x, y in zip(a, b)])}, "
+        a.append(instance(cluster, template, "v1"))
+        c.append(instance(cluster, template, "suspended"))
+        print(f"round {n + 1}: booted {a[-1]:.2f} s, resumed {c[-1]:.2f} s, plain qemu {b[-1]:.2f} s", flush=True)
+    print(f"\nresumed {spread(c)} s, {spread([x / y for x, y in zip(c, a)])} of a boot, {spread([x / y for x, y in zip(c, b)])} of plain qemu")
+    print(f"booted {spread(a)} s, plain qemu {spread(b)} s, ratio {spread([x / y for x, y in zip(a, b)])}, "
           f"difference of medians {statistics.median(a) - statistics.median(b):+.2f} s")

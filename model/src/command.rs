@@ -420,10 +420,31 @@ pub struct TagContent {
     pub arch: String,
     /// Free text.
     pub description: String,
-    /// Name of the disk file inside the manifest, e.g. `disk.qcow2`.
+    /// Name of the disk file inside the manifest, e.g. `disk.qcow2`; from level 13 on, of a suspended VM, a space
+    /// and the name of its memory follow. No file's name has a space.
     pub disk: String,
     /// `qcow2` or `raw`.
     pub format: String,
     /// Port forwards that every instance of this tag gets: guest port and name.
     pub forwards: Vec<crate::instance::PortRule>,
+}
+
+impl TagContent {
+    /// What [`TagContent::disk`] says of these files.
+    pub fn file_names(disk: &str, memory: Option<&str>) -> String {
+        match memory {
+            Some(memory) => format!("{disk} {memory}"),
+            None => disk.to_owned(),
+        }
+    }
+
+    /// Name of the disk's file.
+    pub fn disk(&self) -> &str {
+        self.disk.split(' ').next().unwrap_or_default()
+    }
+
+    /// Name of the file with the memory of a suspended VM.
+    pub fn memory(&self) -> Option<&str> {
+        Some(self.disk.split_once(' ')?.1)
+    }
 }

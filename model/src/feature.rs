@@ -16,11 +16,12 @@
 //! | 10 | `AddWithin`: quotas hold however many push at once; `RestartInstance` |
 //! | 11 | `Distribute`, `CancelDistribution`, `ExpireDistributions` |
 //! | 12 | `EvictImages` |
+//! | 13 | tags with the memory of a suspended VM: what a tag is made of names it |
 
 use crate::command::Command;
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 12;
+pub const SUPPORTED: u32 = 13;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
 /// At which they move there little by little.
@@ -43,6 +44,9 @@ pub const GROUPS_KEPT: u32 = 9;
 pub const TOLD_TO_KEEP: u32 = 9;
 /// At which what is weighed against quotas may be added under the condition that nothing else came.
 pub const ADD_WITHIN: u32 = 10;
+/// At which a tag may have the memory of a suspended VM. What is stored has the same form; a release that does not
+/// know it shows the disk's name with the memory's.
+pub const SUSPENDED: u32 = 13;
 /// At which instances may be restarted.
 pub const RESTART: u32 = 10;
 /// At which images may be distributed to nodes.

@@ -10,6 +10,7 @@ use mainstay_agent::cache::Reserve;
 use mainstay_agent::converge::executor::Settings;
 use mainstay_agent::driver::Driver;
 use mainstay_agent::driver::fake::{FakeConfig, FakeDriver};
+use mainstay_agent::driver::qemu::accel::Accel;
 use mainstay_agent::driver::qemu::{QemuConfig, QemuDriver};
 use mainstay_agent::join;
 use serde_json::{Value, json};
@@ -62,13 +63,23 @@ enum DriverName {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum AccelName {
+pub(super) enum AccelName {
     /// KVM if it really works, else TCG
     Auto,
     /// Insist on KVM
     Kvm,
     /// Software only
     Tcg,
+}
+
+impl From<AccelName> for Accel {
+    fn from(name: AccelName) -> Self {
+        match name {
+            AccelName::Auto => Self::Auto,
+            AccelName::Kvm => Self::Kvm,
+            AccelName::Tcg => Self::Tcg,
+        }
+    }
 }
 
 #[derive(Args, Debug)]
@@ -261,13 +272,8 @@ async fn driver(args: &JoinArgs, root: &Path) -> anyhow::Result<Arc<dyn Driver>>
             ..FakeConfig::default()
         })?),
         DriverName::Qemu => {
-            let accel = match args.accel {
-                AccelName::Auto => "auto",
-                AccelName::Kvm => "kvm",
-                AccelName::Tcg => "tcg",
-            };
             let mut config = QemuConfig::new(root);
-            config.accel = accel.parse().map_err(anyhow::Error::msg)?;
+            config.accel = args.accel.into();
             let driver = QemuDriver::open(config).await;
             Arc::new(driver.context(
                 "QEMU cannot run VMs here (see `make install-deps`, or join with --driver fake)",

@@ -134,11 +134,11 @@ fn machine_of(template: &model::template::Template, tag: &model::template::Tag) 
         "arch": tag.content.arch,
         "ram": format!("{}G", model::limits::DEFAULT_VRAM_MB / 1024),
         "cpu": {"cores": model::limits::DEFAULT_VCPU},
-        "hard_drives": [{"file": tag.content.disk, "format": tag.content.format, "size": tag.content.size}],
+        "hard_drives": [{"file": tag.content.disk(), "format": tag.content.format, "size": tag.content.size}],
         "network_cards": [{"mode": "shared", "port_forwarding_rules": rules}],
         "display": {},
         "nvram": false,
-        "state_file": "",
+        "state_file": tag.content.memory().unwrap_or_default(),
         "firmware": "",
         "usb": [],
     })

@@ -153,6 +153,9 @@ impl RegistryService {
         // All of it is on the disk.
         self.reserved.end(&request.request_id);
         let content = content(&request, Digest(digest), &manifest)?;
+        if let Some(why) = self.unknown_memory(&content).await? {
+            return Err(fail(StatusCode::OK, why));
+        }
         let voters = voters(&self.catalog.members().await?);
         let copies_needed = copies_needed(request.durability, voters.len())?;
         let push = TagPush {
@@ -200,6 +203,22 @@ impl RegistryService {
             )
         };
         seen?.ok_or_else(gone)
+    }
+
+    /// Why a tag like this cannot be published now: there is a member that does not know what the memory of a
+    /// suspended VM is.
+    pub(super) async fn unknown_memory(
+        &self,
+        content: &TagContent,
+    ) -> Result<Option<&'static str>, AppError> {
+        if content.memory().is_none() {
+            return Ok(None);
+        }
+        let level = |state: &mainstay_model::State| state.features;
+        let level = self.catalog.take(Consistency::Linearizable, level).await?;
+        Ok((level < mainstay_model::feature::SUSPENDED).then_some(
+            "a member of this cluster is of a release that knows no suspended templates: upgrade it first",
+        ))
     }
 
     /// The manifest, if this member holds everything it reaches.
@@ -285,12 +304,14 @@ fn content(
         guest_port: f.guest_port,
         host_port: f.host_port,
     };
+    let saved = files.saved().map_err(|e| bad(e.to_string()))?;
+    let memory = saved.map(|(memory, _)| files.files[memory].name.as_str());
     Ok(TagContent {
         manifest,
         size: files.size(),
         arch: request.arch.clone(),
         description: request.description.clone(),
-        disk: disk.name.clone(),
+        disk: TagContent::file_names(&disk.name, memory),
         format: disk.format.clone(),
         forwards: request.forwards.iter().map(forward).collect(),
     })

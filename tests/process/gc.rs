@@ -105,6 +105,7 @@ impl World {
             description: String::new(),
             arch: String::new(),
             format: Some("raw".to_owned()),
+            beside: Vec::new(),
             forwards: Vec::new(),
             durability: Durability::Majority,
             wait: Duration::from_secs(20),

@@ -7,15 +7,16 @@ use crate::load::Writers;
 use crate::push::{push_small_template, template_id};
 use crate::turn;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-/// The tiny guest, built once.
+/// The tiny guest, built once and again when its sources change.
 pub(crate) fn guest() -> PathBuf {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let image = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("tiny.qcow2");
-    if !image.exists() {
+    let built = std::fs::metadata(&image).and_then(|m| m.modified());
+    if !built.is_ok_and(|built| built > newest(&root.join("guest"))) {
         let out = Command::new(root.join("guest/build.sh"))
             .arg(&image)
             .output()
@@ -29,6 +30,17 @@ pub(crate) fn guest() -> PathBuf {
     image
 }
 
+fn newest(path: &Path) -> SystemTime {
+    let meta = std::fs::symlink_metadata(path).unwrap();
+    let own = meta.modified().unwrap();
+    if !meta.is_dir() {
+        return own;
+    }
+    let inner = std::fs::read_dir(path).unwrap();
+    let inner = inner.map(|entry| newest(&entry.unwrap().path()));
+    inner.max().map_or(own, |newest| newest.max(own))
+}
+
 async fn instance(cluster: &Cluster, n: usize, id: &str) -> Option<Value> {
     cluster
         .call(n, "GET", &format!("/api/v1/vm?id={id}"), None)
@@ -36,7 +48,7 @@ async fn instance(cluster: &Cluster, n: usize, id: &str) -> Option<Value> {
         .ok()
 }
 
-async fn wait_state(cluster: &Cluster, n: usize, id: &str, state: &str) -> Value {
+pub(crate) async fn wait_state(cluster: &Cluster, n: usize, id: &str, state: &str) -> Value {
     until(
         &format!("{id} is {state} on member {n}"),
         Duration::from_secs(120),
@@ -227,7 +239,7 @@ async fn page(cluster: &Cluster, instance: &Value, path: &str) -> String {
     .await
 }
 
-fn base64(bytes: &[u8]) -> String {
+pub(crate) fn base64(bytes: &[u8]) -> String {
     use base64::Engine as _;
     base64::engine::general_purpose::STANDARD.encode(bytes)
 }

@@ -32,6 +32,7 @@ mod shared_store;
 #[path = "../../storage/tests/conformance/sharing.rs"]
 mod sharing;
 mod snapshots;
+mod suspended;
 mod thin_line;
 mod upgrade;
 

@@ -14,8 +14,8 @@ pub type Told<'a> = dyn Fn(u64, u64) + Send + Sync + 'a;
 /// Makes a file equal to an image's disk.
 #[async_trait]
 pub trait Fetch: Send + Sync + 'static {
-    /// Fill `dest` (what it has already is kept where it fits) and fsync it. Dropping the future
-    /// stops the work.
+    /// Fill `dest` (what it has already is kept where it fits) and fsync it. The memory of a suspended VM
+    /// goes to `memory.part` beside it, its machine to `machine.part`. Dropping the future stops the work.
     async fn fetch(
         &self,
         image: &ImageRef,
@@ -102,8 +102,9 @@ impl Fetch for RegistryFetch {
             key: self.party.key.get(),
             seed: self.seed,
             images: images.unwrap_or_default(),
-            offer: &|holding| {
-                *offered.lock() = Some(self.party.shares.offer(&image.manifest, holding));
+            offer: &|holding| match &mut *offered.lock() {
+                Some(offer) => offer.add(holding),
+                none => *none = Some(self.party.shares.offer(&image.manifest, holding)),
             },
         };
         let digest = &image.manifest;

@@ -1,7 +1,7 @@
 //! One pull that several wait for. It is in the list while it flies, and given up when the last
 //! passenger has left.
 
-use super::{CacheError, Shared, shelf};
+use super::{CacheError, Shared};
 use crate::wire::ImageRef;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -93,7 +93,8 @@ impl Plane {
         let first = AtomicBool::new(true);
         let told = |done: u64, total: u64| {
             if first.swap(false, Ordering::Relaxed) {
-                let needed = total.saturating_sub(shelf::allocated(&part));
+                let here = self.shared.shelf.pulled(&image.manifest);
+                let needed = total.saturating_sub(here);
                 if let Err(why) = self.shared.make_room(&image.manifest, needed) {
                     *refusal.lock() = Some(why);
                     refused.notify_one();
@@ -117,7 +118,11 @@ impl Plane {
             image.clone(),
             file.format.clone(),
         );
-        tokio::task::spawn_blocking(move || shelf.finish(&image, &format))
+        let saved = match manifest.saved()? {
+            Some(_) => Some(file.content()?),
+            None => None,
+        };
+        tokio::task::spawn_blocking(move || shelf.finish(&image, &format, saved))
             .await
             .map_err(disk)?
             .map_err(disk)

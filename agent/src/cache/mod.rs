@@ -15,11 +15,12 @@ mod tests;
 pub use fetch::{Fetch, Party, RegistryFetch, Sources};
 pub(crate) use shelf::is_digest;
 
+use crate::driver::Saved;
 use crate::transfer::TransferError;
 use crate::wire::ImageRef;
 use flight::{Flight, Listed};
 use parking_lot::Mutex;
-use shelf::Shelf;
+use shelf::{DISK, MACHINE, MEMORY, Shelf};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -72,6 +73,8 @@ pub struct Image {
     pub disk: PathBuf,
     /// `qcow2` or `raw`.
     pub format: String,
+    /// What a VM on this disk was in the middle of.
+    pub saved: Option<Saved>,
     _pin: Pin,
 }
 
@@ -158,10 +161,16 @@ impl Cache {
         }
         let pin = Pin::new(&self.shared, &image.manifest);
         loop {
-            if let Some(format) = self.shared.shelf.touch(image) {
+            if let Some((format, saved)) = self.shared.shelf.touch(image) {
+                let shelf = &self.shared.shelf;
                 return Ok(Image {
-                    disk: self.shared.shelf.disk(&image.manifest),
+                    disk: shelf.file(&image.manifest, DISK),
                     format,
+                    saved: saved.map(|disk| Saved {
+                        memory: shelf.file(&image.manifest, MEMORY),
+                        machine: shelf.file(&image.manifest, MACHINE),
+                        disk,
+                    }),
                     _pin: pin,
                 });
             }

@@ -1,5 +1,6 @@
-//! The cache's files: `<manifest digest>/{disk.part, disk, whole}`. `whole` is written last, so what
-//! has it is whole; its modification time is when the image was last used.
+//! The cache's files: `<manifest digest>/{disk.part, disk, whole}`, and of a suspended VM `memory` and `machine`,
+//! which come like the disk. `whole` is written last, so what has it is whole; its modification time is when the
+//! image was last used.
 
 use crate::agent::durable;
 use crate::wire::ImageRef;
@@ -14,6 +15,11 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 const FORMAT: u32 = 1;
+/// The files of an image; each ends with `.part` while it is pulled.
+pub(super) const DISK: &str = "disk";
+pub(super) const MEMORY: &str = "memory";
+pub(super) const MACHINE: &str = "machine";
+const FILES: [&str; 3] = [DISK, MEMORY, MACHINE];
 /// Ends the name of a folder that is being deleted.
 const DROPPED: &str = ".gone";
 
@@ -22,6 +28,11 @@ const DROPPED: &str = ".gone";
 struct Whole {
     version: u32,
     format: String,
+    /// There is the memory of a suspended VM, with its machine: which disk lies beside them
+    /// ([`crate::transfer::FileEntry::content`]). A release that knows none leaves it out, and has pulled the
+    /// disk alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    saved: Option<String>,
     /// Every template and tag under which these bytes were asked for.
     names: Vec<ImageRef>,
 }
@@ -64,8 +75,9 @@ impl Shelf {
         })
     }
 
-    pub(super) fn disk(&self, digest: &str) -> PathBuf {
-        self.root.join(digest).join("disk")
+    /// One of an image's files.
+    pub(super) fn file(&self, digest: &str, name: &str) -> PathBuf {
+        self.root.join(digest).join(name)
     }
 
     pub(super) fn images(&self) -> Vec<ImageRef> {
@@ -110,8 +122,8 @@ impl Shelf {
         digests.iter().map(|d| self.bytes(d)).sum()
     }
 
-    /// If it is whole: note its use (and this name of it), and answer its format.
-    pub(super) fn touch(&self, image: &ImageRef) -> Option<String> {
+    /// If it is whole: note its use (and this name of it), and answer its format and, with a memory, its disk's content.
+    pub(super) fn touch(&self, image: &ImageRef) -> Option<(String, Option<String>)> {
         let mut books = self.books.lock();
         let book = books.get_mut(&image.manifest)?;
         let whole = book.whole.as_mut()?;
@@ -130,38 +142,47 @@ impl Shelf {
                 tracing::warn!(path = %marker.display(), %error, "cannot note an image's name");
             }
         }
-        Some(whole.format.clone())
+        Some((whole.format.clone(), whole.saved.clone()))
     }
 
     /// Where a pull of this image writes.
     pub(super) fn begin(&self, digest: &str) -> io::Result<PathBuf> {
         let folder = self.root.join(digest);
         fs::create_dir_all(&folder)?;
-        let part = folder.join("disk.part");
-        if part.exists() {
-            // A crash on the way to being whole may have left it read-only.
-            fs::set_permissions(&part, Permissions::from_mode(0o644))?;
+        for part in FILES.map(|name| folder.join(part(name))) {
+            if part.exists() {
+                // A crash on the way to being whole may have left it read-only.
+                fs::set_permissions(&part, Permissions::from_mode(0o644))?;
+            }
         }
         let book = Book {
             whole: None,
             used: SystemTime::now(),
         };
         self.books.lock().insert(digest.to_owned(), book);
-        Ok(part)
+        Ok(folder.join(part(DISK)))
     }
 
-    /// The pull has ended well (its file is fsynced): make the image whole, durably.
-    pub(super) fn finish(&self, image: &ImageRef, format: &str) -> io::Result<()> {
+    /// The pull has ended well (its files are fsynced): make the image whole, durably.
+    pub(super) fn finish(
+        &self,
+        image: &ImageRef,
+        format: &str,
+        saved: Option<String>,
+    ) -> io::Result<()> {
         let folder = self.root.join(&image.manifest);
-        let part = folder.join("disk.part");
-        fs::set_permissions(&part, Permissions::from_mode(0o444))?;
-        File::open(&part)?.sync_all()?;
-        fs::rename(&part, folder.join("disk"))?;
+        for name in &FILES[..if saved.is_some() { 3 } else { 1 }] {
+            let part = folder.join(part(name));
+            fs::set_permissions(&part, Permissions::from_mode(0o444))?;
+            File::open(&part)?.sync_all()?;
+            fs::rename(&part, folder.join(name))?;
+        }
         durable::sync_dir(&folder)?;
         durable::sync_dir(&self.root)?;
         let whole = Whole {
             version: FORMAT,
             format: format.to_owned(),
+            saved,
             names: vec![image.clone()],
         };
         durable::write(&folder.join("whole"), &serde_json::to_vec(&whole)?)?;
@@ -218,7 +239,17 @@ impl Shelf {
 
     fn bytes(&self, digest: &str) -> u64 {
         let folder = self.root.join(digest);
-        allocated(&folder.join("disk")) + allocated(&folder.join("disk.part"))
+        let whole = FILES.map(|name| allocated(&folder.join(name)));
+        whole.iter().sum::<u64>() + self.pulled(digest)
+    }
+
+    /// Bytes on disk of what a pull has written so far.
+    pub(super) fn pulled(&self, digest: &str) -> u64 {
+        let folder = self.root.join(digest);
+        FILES
+            .map(|name| allocated(&folder.join(part(name))))
+            .iter()
+            .sum()
     }
 }
 
@@ -228,7 +259,11 @@ fn look(folder: &Path) -> Book {
     let whole = fs::read(&marker)
         .ok()
         .and_then(|bytes| serde_json::from_slice::<Whole>(&bytes).ok())
-        .filter(|whole| whole.version == FORMAT && folder.join("disk").is_file());
+        .filter(|whole| whole.version == FORMAT && folder.join(DISK).is_file())
+        .filter(|whole| {
+            let there = |name: &str| folder.join(name).is_file();
+            whole.saved.is_none() || (there(MEMORY) && there(MACHINE))
+        });
     Book {
         whole,
         used: used.unwrap_or(SystemTime::UNIX_EPOCH),
@@ -239,8 +274,12 @@ fn is_named(name: &ImageRef, template_id: &str, number: u32) -> bool {
     name.template_id == template_id && name.number == number
 }
 
+fn part(name: &str) -> String {
+    format!("{name}.part")
+}
+
 /// Bytes that a file really takes on disk; 0 if there is none.
-pub(super) fn allocated(path: &Path) -> u64 {
+fn allocated(path: &Path) -> u64 {
     fs::metadata(path).map_or(0, |m| m.blocks() * 512)
 }
 

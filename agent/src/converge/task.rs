@@ -242,6 +242,7 @@ impl Starter {
             name: self.wish.name.clone(),
             base: image.disk.clone(),
             base_format: image.format.clone(),
+            saved: image.saved.clone(),
             vcpu: self.wish.vcpu,
             ram_mb: self.wish.ram_mb,
             forwards: self.wish.forwards.clone(),

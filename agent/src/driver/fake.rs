@@ -5,14 +5,14 @@
 //! Scripts understand one command per line: `echo WORDS`, `echo WORDS >&2`, `sleep SECONDS`,
 //! `exit CODE`. Other lines do nothing.
 
-use super::{Driver, DriverError, VmSeen, VmSpec, check_id, kept_output, now_ms};
+use super::{Driver, DriverError, Saved, Suspended, VmSeen, VmSpec, check_id, kept_output, now_ms};
 use crate::wire::{PortRule, Script, ScriptResult, VmFacts};
 use async_trait::async_trait;
 use base64::Engine as _;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -59,6 +59,8 @@ pub enum Verb {
     Script,
     /// [`Driver::restart`].
     Restart,
+    /// [`Driver::suspend`].
+    Suspend,
     /// [`Driver::stop`].
     Stop,
     /// [`Driver::delete`].
@@ -194,6 +196,23 @@ fn assign(
     Ok(out)
 }
 
+/// The machine that a fake memory belongs to.
+const MACHINE: &[u8] = br#"{"version":1,"driver":"fake"}"#;
+
+/// What it runs on, and how it begins.
+fn how(spec: &VmSpec) -> String {
+    let machine = spec
+        .saved
+        .as_ref()
+        .map(|saved| std::fs::read(&saved.machine));
+    match machine {
+        None => "fake".into(),
+        Some(Ok(machine)) if machine == MACHINE => RESUMED.into(),
+        Some(_) => "fake, booted cold: it was saved with another machine".into(),
+    }
+}
+const RESUMED: &str = "fake, resumed";
+
 fn facts_of(spec: &VmSpec, forwards: Vec<PortRule>) -> VmFacts {
     VmFacts {
         uuid: spec.id.clone(),
@@ -207,7 +226,7 @@ fn facts_of(spec: &VmSpec, forwards: Vec<PortRule>) -> VmFacts {
         vnc_port: 0,
         created_ms: now_ms(),
         started_ms: now_ms(),
-        accelerator: "fake".into(),
+        accelerator: how(spec),
     }
 }
 
@@ -257,7 +276,9 @@ impl Driver for FakeDriver {
         self.fault(Verb::Ready)?;
         let vm = self.running(id)?;
         let up = Duration::from_millis(now_ms().saturating_sub(vm.facts.started_ms));
-        sleep(self.config.boot_delay.saturating_sub(up)).await;
+        if vm.facts.accelerator != RESUMED {
+            sleep(self.config.boot_delay.saturating_sub(up)).await;
+        }
         self.running(id)?;
         self.change(|vms| {
             let vm = vms
@@ -319,11 +340,32 @@ impl Driver for FakeDriver {
             vm.generation = generation;
             vm.message.clear();
             vm.facts.status = "running".into();
+            vm.facts.accelerator = "fake".into();
             vm.facts.ip.clear();
             // Later than the former start by any clock.
             vm.facts.started_ms = now_ms().max(vm.facts.started_ms + 1);
             Ok(vm.facts.clone())
         })?
+    }
+
+    async fn suspend(&self, id: &str, into: &Path) -> Result<Suspended, DriverError> {
+        self.fault(Verb::Suspend)?;
+        self.running(id)?;
+        let failed = |e: std::io::Error| DriverError::Failed(format!("cannot suspend the VM: {e}"));
+        let made = Suspended {
+            disk: into.join("disk"),
+            format: "raw".into(),
+            saved: Saved {
+                memory: into.join("memory"),
+                machine: into.join("machine.json"),
+                disk: String::new(),
+            },
+        };
+        std::fs::write(&made.disk, b"a fake disk").map_err(failed)?;
+        std::fs::write(&made.saved.memory, b"a fake memory").map_err(failed)?;
+        std::fs::write(&made.saved.machine, MACHINE).map_err(failed)?;
+        self.stop(id).await?;
+        Ok(made)
     }
 
     async fn stop(&self, id: &str) -> Result<(), DriverError> {

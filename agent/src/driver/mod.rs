@@ -9,7 +9,7 @@ pub mod qemu;
 
 use crate::wire::{PortRule, Script, ScriptResult, VmFacts};
 use async_trait::async_trait;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What a VM shall be.
 #[derive(Clone, Debug, Default)]
@@ -24,15 +24,44 @@ pub struct VmSpec {
     pub base: PathBuf,
     /// `qcow2` or `raw`.
     pub base_format: String,
-    /// Virtual CPUs.
+    /// What a VM on this base was in the middle of: it goes on there, if this node can give it the very
+    /// same machine; else it boots.
+    pub saved: Option<Saved>,
+    /// Virtual CPUs; 0 = those of `saved`, or the driver's default.
     pub vcpu: u32,
-    /// Memory in MB.
+    /// Memory in MB; 0 likewise.
     pub ram_mb: u32,
     /// Ports; `host_port` 0 = choose.
     pub forwards: Vec<PortRule>,
     /// Address to show for forwarded ports.
     pub host_ip: String,
 }
+
+/// The memory of a suspended VM, and what it needs to be of use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// Its memory and the state of its devices, in the hypervisor's own form.
+    pub memory: PathBuf,
+    /// A JSON document: the machine that it belongs to, pinned in every respect that matters.
+    pub machine: PathBuf,
+    /// The disk that lies beside it, as [`crate::transfer::FileEntry::content`] names it: a memory goes on with
+    /// the very disk that it was saved with, or not at all.
+    pub disk: String,
+}
+
+/// What [`Driver::suspend`] made.
+#[derive(Clone, Debug)]
+pub struct Suspended {
+    /// A disk that needs no other file.
+    pub disk: PathBuf,
+    /// `qcow2` or `raw`.
+    pub format: String,
+    /// Memory and machine.
+    pub saved: Saved,
+}
+
+/// Longest description of a machine, in bytes.
+pub const MACHINE_BYTES_MAX: u64 = 64 << 10;
 
 /// A VM that is really there.
 #[derive(Clone, Debug)]
@@ -68,7 +97,9 @@ pub trait Driver: Send + Sync + 'static {
     /// Make the VM and start it; returns once its process runs. A VM of this id that exists already
     /// is left as it is, also when it has stopped: look at the status of the facts.
     async fn start(&self, spec: &VmSpec) -> Result<VmFacts, DriverError>;
-    /// Wait until the guest answers (agent and, unless `at_boot`, an address), bounded.
+    /// Wait until the guest answers (agent and, unless `at_boot`, an address), bounded. One that was made from a
+    /// saved memory has been given randomness, time and a name of its own by then. If that does not work out,
+    /// it is booted from its base, and the facts say why.
     async fn ready(&self, id: &str, need_network: bool) -> Result<VmFacts, DriverError>;
     /// Run a script in the guest and wait for its end, or for its timeout.
     async fn run_script(&self, id: &str, script: &Script) -> Result<ScriptResult, DriverError>;
@@ -76,6 +107,10 @@ pub trait Driver: Send + Sync + 'static {
     /// ports where they are still free; returns once its process runs. A VM that was restarted to this
     /// generation and runs is left as it is. Failed if there is no VM; whatever goes wrong, its disk stays.
     async fn restart(&self, id: &str, generation: u64) -> Result<VmFacts, DriverError>;
+    /// Freeze a running VM whose guest answers, write its disk, its memory and its machine into the folder
+    /// `into`, which must be empty, and end it. If that fails it runs on, unless it was ended already. The
+    /// files are durable; `machine` is written last.
+    async fn suspend(&self, id: &str, into: &Path) -> Result<Suspended, DriverError>;
     /// Stop it (ask, then force). Nothing to do if it does not run.
     async fn stop(&self, id: &str) -> Result<(), DriverError>;
     /// Remove it with everything of it. Its disk goes with it, so a running guest is not asked to

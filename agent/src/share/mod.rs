@@ -5,7 +5,7 @@ mod server;
 
 pub use server::{Key, bind, serve};
 
-use crate::transfer::{Holding, NAMES_FILE};
+use crate::transfer::{Holding, MEMORY_NAMES_FILE, NAMES_FILE};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
@@ -26,12 +26,15 @@ pub struct Shares {
     shelf: Mutex<Shelf>,
 }
 
+/// The files of an image: its disk, and the memory of a suspended VM.
+pub type Files = Vec<Arc<Holding>>;
+
 #[derive(Debug, Default)]
 struct Shelf {
     /// Being pulled, by manifest.
-    flying: BTreeMap<String, Arc<Holding>>,
+    flying: BTreeMap<String, Files>,
     /// Whole, the one used last at the end.
-    whole: Vec<(String, Arc<Holding>)>,
+    whole: Vec<(String, Files)>,
 }
 
 impl Shares {
@@ -45,27 +48,27 @@ impl Shares {
 
     /// An image that is being pulled can be had in part, until the answer is dropped.
     pub fn offer(self: &Arc<Self>, manifest: &str, holding: &Arc<Holding>) -> Offer {
+        let files = vec![Arc::clone(holding)];
         let mut shelf = self.shelf.lock();
         shelf.forget(manifest);
-        shelf
-            .flying
-            .insert(manifest.to_owned(), Arc::clone(holding));
+        shelf.flying.insert(manifest.to_owned(), files.clone());
         Offer {
             shares: Arc::clone(self),
             manifest: manifest.to_owned(),
-            holding: Arc::clone(holding),
+            files,
         }
     }
 
     /// What is here of an image. Blocks.
-    pub fn find(&self, manifest: &str) -> Option<Arc<Holding>> {
+    pub fn find(&self, manifest: &str) -> Option<Files> {
         if let Some(found) = self.shelf.lock().find(manifest) {
             return Some(found);
         }
         if !crate::cache::is_digest(manifest) {
             return None;
         }
-        let found = Arc::new(Holding::open(&self.root.join(manifest)).ok()?);
+        let found = Holding::open(&self.root.join(manifest)).ok()?;
+        let found: Files = found.into_iter().map(Arc::new).collect();
         let mut shelf = self.shelf.lock();
         // Another may have opened it, or begun to pull it anew, meanwhile.
         if let Some(found) = shelf.find(manifest) {
@@ -94,7 +97,10 @@ impl Shares {
             .collect();
         names.sort_unstable();
         let newest = names.iter().rev().take(OPEN_MAX);
-        newest.filter_map(|(_, name)| self.find(name)).collect()
+        newest
+            .filter_map(|(_, name)| self.find(name))
+            .flatten()
+            .collect()
     }
 
     /// The image has gone: its file must not be held open.
@@ -104,19 +110,19 @@ impl Shares {
 }
 
 impl Shelf {
-    fn find(&mut self, manifest: &str) -> Option<Arc<Holding>> {
+    fn find(&mut self, manifest: &str) -> Option<Files> {
         if let Some(flying) = self.flying.get(manifest) {
-            return Some(Arc::clone(flying));
+            return Some(flying.clone());
         }
         let at = self.whole.iter().position(|(m, _)| m == manifest)?;
         let found = self.whole.remove(at);
-        let holding = Arc::clone(&found.1);
+        let files = found.1.clone();
         self.whole.push(found);
-        Some(holding)
+        Some(files)
     }
 
-    fn keep(&mut self, manifest: &str, holding: &Arc<Holding>) {
-        self.whole.push((manifest.to_owned(), Arc::clone(holding)));
+    fn keep(&mut self, manifest: &str, files: &Files) {
+        self.whole.push((manifest.to_owned(), files.clone()));
         if self.whole.len() > OPEN_MAX {
             self.whole.remove(0);
         }
@@ -133,36 +139,52 @@ impl Shelf {
 pub struct Offer {
     shares: Arc<Shares>,
     manifest: String,
-    holding: Arc<Holding>,
+    files: Files,
 }
 
 impl Offer {
+    /// The next file of it is on its way.
+    pub fn add(&mut self, holding: &Arc<Holding>) {
+        let mut shelf = self.shares.shelf.lock();
+        if let Some(flying) = self.flying(&mut shelf) {
+            flying.push(Arc::clone(holding));
+        }
+        self.files.push(Arc::clone(holding));
+    }
+
     /// All of it has come and is durable: note its chunks' names in `folder`, and go on offering it. Blocks.
     pub fn whole(self, folder: &Path) -> io::Result<()> {
-        crate::agent::durable::write(&folder.join(NAMES_FILE), &self.holding.to_bytes())?;
+        for (file, name) in self.files.iter().zip([NAMES_FILE, MEMORY_NAMES_FILE]) {
+            crate::agent::durable::write(&folder.join(name), &file.to_bytes())?;
+        }
         let mut shelf = self.shares.shelf.lock();
         shelf.forget(&self.manifest);
-        shelf.keep(&self.manifest, &self.holding);
+        shelf.keep(&self.manifest, &self.files);
         Ok(())
     }
 
     /// Later, give back the memory of what came lately.
     pub fn cool_later(&self) {
-        let holding = Arc::downgrade(&self.holding);
+        let files: Vec<_> = self.files.iter().map(Arc::downgrade).collect();
         tokio::spawn(async move {
             tokio::time::sleep(COOL_AFTER).await;
-            if let Some(holding) = holding.upgrade() {
-                holding.cool();
+            for file in files.iter().filter_map(std::sync::Weak::upgrade) {
+                file.cool();
             }
         });
+    }
+
+    /// What is offered, unless another pull of it has begun.
+    fn flying<'a>(&self, shelf: &'a mut Shelf) -> Option<&'a mut Files> {
+        let ours = |files: &&mut Files| Arc::ptr_eq(&files[0], &self.files[0]);
+        shelf.flying.get_mut(&self.manifest).filter(ours)
     }
 }
 
 impl Drop for Offer {
     fn drop(&mut self) {
         let mut shelf = self.shares.shelf.lock();
-        let ours = |h: &Arc<Holding>| Arc::ptr_eq(h, &self.holding);
-        if shelf.flying.get(&self.manifest).is_some_and(ours) {
+        if self.flying(&mut shelf).is_some() {
             shelf.flying.remove(&self.manifest);
         }
     }

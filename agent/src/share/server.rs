@@ -2,9 +2,9 @@
 //! Bounded in connections, in answers at once and in time, so that the node's VMs do not suffer from greedy or
 //! stalled peers.
 
-use super::Shares;
+use super::{Files, Shares};
 use crate::transfer::api::{CHUNKS_GET, HELD, NODE_IDS_MAX};
-use crate::transfer::{Holding, Id, WireRecord};
+use crate::transfer::{Id, WireRecord};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{Method, Request, Response, StatusCode, header};
@@ -154,13 +154,13 @@ impl Port {
         let shares = Arc::clone(&self.shares);
         let found = tokio::task::spawn_blocking(move || shares.find(&manifest)).await;
         match found.ok().flatten() {
-            Some(holding) => self.send(holding, ids.to_vec()),
+            Some(files) => self.send(files, ids.to_vec()),
             None => say(StatusCode::NOT_FOUND, "this node has nothing of that image"),
         }
     }
 
-    fn send(&self, holding: Arc<Holding>, ids: Vec<Id>) -> Response<Body> {
-        let held = holding.held();
+    fn send(&self, files: Files, ids: Vec<Id>) -> Response<Body> {
+        let held: u64 = files.iter().map(|file| file.held()).sum();
         let (sender, receiver) = mpsc::channel(1);
         let answers = Arc::clone(&self.answers);
         tokio::spawn(async move {
@@ -168,8 +168,8 @@ impl Port {
                 return;
             };
             for wanted in ids.chunks(SEND_CHUNKS) {
-                let (holding, wanted) = (Arc::clone(&holding), wanted.to_vec());
-                let read = move || WireRecord::frame_all(&holding.records(&wanted));
+                let (files, wanted) = (files.clone(), wanted.to_vec());
+                let read = move || WireRecord::frame_all(&records(&files, &wanted));
                 let piece = tokio::task::spawn_blocking(read).await;
                 let piece = piece.map_err(std::io::Error::other);
                 // A peer that takes nothing for so long has gone.
@@ -187,6 +187,18 @@ impl Port {
         response.headers_mut().insert(HELD, held.into());
         response
     }
+}
+
+/// Those of these chunks that are here, each once. Blocks.
+fn records(files: &Files, ids: &[Id]) -> Vec<WireRecord> {
+    let mut out = Vec::with_capacity(ids.len());
+    let mut lacking = ids.to_vec();
+    for file in files {
+        let found = file.records(&lacking);
+        lacking.retain(|id| !found.iter().any(|record| record.id == *id));
+        out.extend(found);
+    }
+    out
 }
 
 fn say(status: StatusCode, text: &'static str) -> Response<Body> {

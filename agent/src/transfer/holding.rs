@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The file with the names of an image's chunks.
 pub const NAMES_FILE: &str = "names";
+/// The same of the memory beside it.
+pub const MEMORY_NAMES_FILE: &str = "memory.names";
 const MAGIC: &[u8; 8] = b"MSNAMES1";
 const HEAD: usize = 16;
 /// Bytes of records, as they came, that are kept in memory: nodes that pull at once ask for what has just come.
@@ -78,10 +80,17 @@ impl Holding {
         }
     }
 
-    /// A whole image in its folder; an error if it, or what is known of it, is not there or not whole.
-    pub fn open(folder: &Path) -> std::io::Result<Self> {
+    /// A whole image in its folder, and the memory that belongs to it; an error if the image, or what is known of
+    /// it, is not there or not whole.
+    pub fn open(folder: &Path) -> std::io::Result<Vec<Self>> {
+        let disk = Self::open_file(folder, NAMES_FILE, "disk")?;
+        let memory = Self::open_file(folder, MEMORY_NAMES_FILE, "memory");
+        Ok(std::iter::once(disk).chain(memory.ok()).collect())
+    }
+
+    fn open_file(folder: &Path, names: &str, file: &str) -> std::io::Result<Self> {
         let bad = |why: &str| Error::new(ErrorKind::InvalidData, why.to_owned());
-        let bytes = std::fs::read(folder.join(NAMES_FILE))?;
+        let bytes = std::fs::read(folder.join(names))?;
         let end = bytes.len().checked_sub(32).filter(|end| *end >= HEAD);
         let (body, sum) = bytes.split_at(end.ok_or_else(|| bad("cut short"))?);
         if &body[..8] != MAGIC || blake3::hash(body).as_bytes() != sum {
@@ -92,7 +101,7 @@ impl Holding {
         if !rest.is_empty() || names.len() as u64 != size.div_ceil(super::CHUNK_LEN) {
             return Err(bad("names of another size"));
         }
-        let file = File::open(folder.join("disk"))?;
+        let file = File::open(folder.join(file))?;
         if file.metadata()?.len() != size {
             return Err(bad("the image has another size"));
         }
@@ -256,7 +265,7 @@ mod tests {
         let (holding, names) = holding(dir.path(), &[]);
         let file = dir.path().join(NAMES_FILE);
         std::fs::write(&file, holding.to_bytes()).unwrap();
-        let again = Holding::open(dir.path()).unwrap();
+        let again = Holding::open(dir.path()).unwrap().remove(0);
         assert_eq!(again.names.as_slice(), names);
         assert_eq!(again.held(), 3);
         for at in [0, 9, 20, 111] {

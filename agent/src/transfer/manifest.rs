@@ -4,6 +4,11 @@ use super::{CHUNK_LEN, Id, RECORD_LEN_MAX, SEGMENT_CHUNKS, TransferError};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
+/// The file with the memory of a suspended VM.
+pub const MEMORY_FILE: &str = "memory.state";
+/// The file that says to which machine the memory belongs; a chunk at most.
+pub const MACHINE_FILE: &str = "machine.json";
+
 /// Files of one manifest: an OCI artifact with all its blobs is one.
 const FILES_MAX: usize = 1024;
 /// Characters of a file name.
@@ -63,6 +68,27 @@ impl Manifest {
         self.files.iter().map(|f| f.size).sum()
     }
 
+    /// Where memory and machine of a suspended VM stand, if there is one. The disk stands first, as always. An
+    /// error if they are not what they should be.
+    pub fn saved(&self) -> Result<Option<(usize, usize)>, TransferError> {
+        let find = |name: &str| self.files.iter().position(|f| f.name == name);
+        let bad = |why: &str| Err(TransferError::Invalid(format!("manifest refused: {why}")));
+        match (find(MEMORY_FILE), find(MACHINE_FILE)) {
+            (None, None) => Ok(None),
+            (Some(0), _) | (_, Some(0)) => bad("the disk of a suspended VM stands first"),
+            (Some(memory), Some(machine)) => {
+                if self.files[memory].size == 0 || self.files[memory].format != "raw" {
+                    return bad("a memory is a raw file of some bytes");
+                }
+                if !(1..=CHUNK_LEN).contains(&self.files[machine].size) {
+                    return bad("the description of a machine has 1 to 65536 bytes");
+                }
+                Ok(Some((memory, machine)))
+            }
+            _ => bad("a memory and its machine come together"),
+        }
+    }
+
     fn check(&self) -> Result<(), TransferError> {
         let bad = |why: String| Err(TransferError::Invalid(format!("manifest refused: {why}")));
         if self.version != 1 {
@@ -94,6 +120,14 @@ impl FileEntry {
     /// Chunks it consists of.
     pub fn chunks(&self) -> u64 {
         self.size.div_ceil(CHUNK_LEN)
+    }
+
+    /// One name for its bytes, whatever it is called: BLAKE3 of its length and its segments' digests, hex.
+    pub fn content(&self) -> Result<String, TransferError> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.size.to_le_bytes());
+        hasher.update(self.segment_digests()?.as_flattened());
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// Segment digests as bytes.

@@ -32,13 +32,14 @@ mod tests;
 
 pub use batch::node_url;
 pub use frame::{RECORD_LEN_MAX, Unframer, WireRecord};
-pub use holding::{Holding, NAMES_FILE};
+pub use holding::{Holding, MEMORY_NAMES_FILE, NAMES_FILE};
 pub use image::name_of;
 pub use manifest::{
-    FileEntry, Manifest, SIZE_MAX, check_segment, chunk_len_at, hex_id, segment_ids,
+    FileEntry, MACHINE_FILE, MEMORY_FILE, Manifest, SIZE_MAX, check_segment, chunk_len_at, hex_id,
+    segment_ids,
 };
 pub use pull::{Company, pull_among, pull_file};
-pub use push::{Published, PushSpec, push_file};
+pub use push::{Published, PushSpec, content_of, push_file};
 pub use source::read_records_into;
 
 /// Bytes of a file chunk.

@@ -12,7 +12,7 @@ use super::{
 use futures::StreamExt;
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Segments of one request: 1 MiB.
@@ -28,7 +28,7 @@ pub struct Company<'a> {
     pub seed: u64,
     /// Whole images that are here.
     pub images: Vec<Arc<Holding>>,
-    /// Told once what of the image is here; it grows.
+    /// Told once for each file what of it is here; it grows.
     pub offer: &'a (dyn Fn(&Arc<Holding>) + Send + Sync),
 }
 
@@ -43,11 +43,13 @@ pub async fn pull_file(
     dest: &Path,
     progress: &(dyn Fn(u64, u64) + Send + Sync),
 ) -> Result<Manifest, TransferError> {
-    pull(client, registries, (manifest, index), dest, progress, None).await
+    let alone = |_: &Manifest| Ok(vec![(index, dest.to_owned(), None)]);
+    pull(client, registries, manifest, &alone, progress).await
 }
 
-/// The same for the first file, by a node among others: chunks of images that are here are not fetched, those
-/// that other nodes have come from these, and other nodes get what this one has.
+/// The same for a whole image, by a node among others: chunks of images that are here are not fetched, those
+/// that other nodes have come from these, and other nodes get what this one has. `dest` becomes the disk, and
+/// if there is the memory of a suspended VM, it becomes `memory.part` and its machine `machine.part` beside it.
 pub async fn pull_among(
     client: &reqwest::Client,
     registries: &[String],
@@ -56,39 +58,72 @@ pub async fn pull_among(
     progress: &(dyn Fn(u64, u64) + Send + Sync),
     company: &Company<'_>,
 ) -> Result<Manifest, TransferError> {
-    let what = (manifest, 0);
-    pull(client, registries, what, dest, progress, Some(company)).await
+    let all = |manifest: &Manifest| {
+        let mut wanted = vec![(0, dest.to_owned(), Some(company))];
+        if let Some((memory, machine)) = manifest.saved()? {
+            wanted.push((memory, dest.with_file_name("memory.part"), Some(company)));
+            // A chunk: not worth a question to other nodes.
+            wanted.push((machine, dest.with_file_name("machine.part"), None));
+        }
+        Ok(wanted)
+    };
+    pull(client, registries, manifest, &all, progress).await
 }
 
-async fn pull(
+/// A file of the manifest, what shall become equal to it, and who is asked besides the members.
+type Wanted<'a, 'b> = (usize, PathBuf, Option<&'a Company<'b>>);
+
+async fn pull<'a, 'b>(
     client: &reqwest::Client,
     registries: &[String],
-    (digest, index): (&str, usize),
-    dest: &Path,
+    digest: &str,
+    wanted: &(dyn Fn(&Manifest) -> Result<Vec<Wanted<'a, 'b>>, TransferError> + Send + Sync),
     progress: &(dyn Fn(u64, u64) + Send + Sync),
-    company: Option<&Company<'_>>,
 ) -> Result<Manifest, TransferError> {
     let sources = Arc::new(Sources::new(client, registries)?);
     let id = hex_id(digest)?;
     let bytes = sources.fetch(&[id], 0).await?.remove(&id);
     let manifest = Manifest::parse(&bytes.unwrap_or_default())?;
-    let file = manifest.files.get(index).ok_or_else(|| {
-        TransferError::Invalid(format!("the manifest has {} files", manifest.files.len()))
-    })?;
-    let (path, size) = (dest.to_owned(), file.size);
+    let mut files = Vec::new();
+    for (index, dest, company) in wanted(&manifest)? {
+        let file = manifest.files.get(index).ok_or_else(|| {
+            TransferError::Invalid(format!("the manifest has {} files", manifest.files.len()))
+        })?;
+        files.push((file, dest, company));
+    }
+    let total = files.iter().map(|(file, _, _)| file.size).sum();
     // Said before anything of that size is held in memory or on disk: who has no room drops us here.
-    progress(0, size);
+    progress(0, total);
     tokio::task::yield_now().await;
-    let names = Arc::new(fetch_names(&sources, file).await?);
+    let mut before = 0;
+    for (file, dest, company) in files {
+        let told = |done: u64| progress(before + done, total);
+        let (from, of) = ((client, &sources), (digest, file));
+        pull_one(from, of, &dest, &told, company).await?;
+        before += file.size;
+    }
+    Ok(manifest)
+}
+
+/// Make `dest` equal to one file, durably; `told` gets the bytes that are right.
+async fn pull_one(
+    (client, sources): (&reqwest::Client, &Arc<Sources>),
+    (digest, file): (&str, &FileEntry),
+    dest: &Path,
+    told: &(dyn Fn(u64) + Send + Sync),
+    company: Option<&Company<'_>>,
+) -> Result<(), TransferError> {
+    let (path, size) = (dest.to_owned(), file.size);
+    let names = Arc::new(fetch_names(sources, file).await?);
     let target = Arc::new(blocking(move || Ok(Target::open(&path, size)?)).await?);
     let mut needed = compare(&target, &names).await?;
 
     let bytes_of = |needed: &[u64]| needed.iter().map(|&n| chunk_len_at(size, n)).sum::<u64>();
     let mut done = size - bytes_of(&needed);
-    progress(done, size);
+    told(done);
     let mut hunt = Hunt::new(
         client.clone(),
-        Arc::clone(&sources),
+        Arc::clone(sources),
         Arc::clone(&target),
         Arc::clone(&names),
         digest,
@@ -96,7 +131,7 @@ async fn pull(
     if let Some(company) = company {
         needed = take_what_is_here(&target, &names, needed, &company.images).await?;
         done = size - bytes_of(&needed);
-        progress(done, size);
+        told(done);
         let (path, names, lacking) = (dest.to_owned(), Arc::clone(&names), needed.clone());
         let open = move || Ok(Holding::new(File::open(&path)?, size, names, &lacking));
         let holding = Arc::new(blocking(open).await?);
@@ -108,15 +143,14 @@ async fn pull(
     }
     let seed = hunt.among.as_ref().and(company).map(|c| c.seed);
     let plan = batches(&needed, sources.count(), seed);
-    let told = |bytes: u64| {
+    let written = |bytes: u64| {
         done += bytes;
-        progress(done, size);
+        told(done);
     };
-    hunt.run(plan, told).await?;
+    hunt.run(plan, written).await?;
     drop(hunt);
     let path = dest.to_owned();
-    blocking(move || Ok(target.sync(&path)?)).await?;
-    Ok(manifest)
+    blocking(move || Ok(target.sync(&path)?)).await
 }
 
 /// Names of all chunks of a file.

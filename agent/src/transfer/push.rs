@@ -15,7 +15,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -42,6 +42,8 @@ pub struct PushSpec {
     pub arch: String,
     /// `qcow2` or `raw`; `None`: look at the file.
     pub format: Option<String>,
+    /// Further files of the tag: each its name in the manifest, and where it is.
+    pub beside: Vec<(String, PathBuf)>,
     /// Ports that every instance gets.
     pub forwards: Vec<Forward>,
     /// Copies before it is visible; of a tag that is visible already, copies to wait for.
@@ -61,8 +63,8 @@ pub struct Published {
     pub sent_bytes: u64,
 }
 
-/// Push `path` to one of `registries` (base URLs; the next one when one is lost) and publish it.
-/// `progress(done, total)` in bytes of the file. The file must not change meanwhile.
+/// Push `path`, and what is beside it, to one of `registries` (base URLs; the next one when one is lost) and
+/// publish it. `progress(done, total)` in bytes of the files. They must not change meanwhile.
 pub async fn push_file(
     client: &reqwest::Client,
     registries: &[String],
@@ -70,9 +72,8 @@ pub async fn push_file(
     spec: &PushSpec,
     progress: &(dyn Fn(u64, u64) + Send + Sync),
 ) -> Result<Published, TransferError> {
-    let path = path.to_owned();
-    let format = spec.format.clone();
-    let source = Arc::new(blocking(move || Source::open(&path, format)).await?);
+    let (path, asked) = (path.to_owned(), spec.clone());
+    let source = Arc::new(blocking(move || Source::open(&path, &asked)).await?);
     let until = Instant::now() + spec.wait;
     let mut said = Vec::new();
     let mut published = None;
@@ -130,12 +131,14 @@ async fn push_to(
     admitted(registry, source, spec).await?;
     source.claimed.lock().clear();
     let mut done = 0;
-    progress(0, source.size);
-    let units = (0..source.units()).map(|n| send_unit(registry.clone(), Arc::clone(source), n));
+    let size = source.files.iter().map(|f| f.size).sum();
+    progress(0, size);
+    let units = source.units();
+    let units = units.map(|at| send_unit(registry.clone(), Arc::clone(source), at));
     let mut units = futures::stream::iter(units).buffer_unordered(CONNECTIONS);
     while let Some(sent) = units.next().await {
         done += sent?;
-        progress(done, source.size);
+        progress(done, size);
     }
     drop(units);
     source.check_unchanged()?;
@@ -173,15 +176,18 @@ async fn admitted(
     source: &Arc<Source>,
     spec: &PushSpec,
 ) -> Result<(), Failure> {
-    let data: u64 = source.ranges.iter().map(|r| r.end - r.start).sum();
-    let segments = source.size.div_ceil(CHUNK_LEN * SEGMENT_CHUNKS as u64) + 1;
+    let ranges = source.files.iter().flat_map(|f| &f.ranges);
+    let data: u64 = ranges.map(|r| r.end - r.start).sum();
+    let segments_of = |f: &Local| f.size.div_ceil(CHUNK_LEN * SEGMENT_CHUNKS as u64);
+    let segments = source.files.iter().map(segments_of).sum::<u64>() + 1;
     let names = data.div_ceil(CHUNK_LEN) * RECORD_BYTES + segments * (CHUNK_LEN + RECORD_BYTES);
     let Some(why) = ask_room(registry, source, spec, data + names).await? else {
         return Ok(());
     };
     tracing::debug!(?why, "looking how much is really lacking");
     source.claimed.lock().clear();
-    let units = (0..source.units()).map(|n| weigh_unit(registry.clone(), Arc::clone(source), n));
+    let units = source.units();
+    let units = units.map(|at| weigh_unit(registry.clone(), Arc::clone(source), at));
     let mut units = futures::stream::iter(units).buffer_unordered(CONNECTIONS);
     let mut lacking = names;
     while let Some(weight) = units.next().await {
@@ -226,7 +232,7 @@ async fn ask_room(
 }
 
 /// Bytes that the member lacks of one unit, as they would be sent.
-async fn weigh_unit(registry: Registry, source: Arc<Source>, unit: usize) -> Result<u64, Failure> {
+async fn weigh_unit(registry: Registry, source: Arc<Source>, unit: Unit) -> Result<u64, Failure> {
     let mut bytes = 0;
     for batch in lacking_of(&registry, &source, unit)
         .await?
@@ -234,18 +240,18 @@ async fn weigh_unit(registry: Registry, source: Arc<Source>, unit: usize) -> Res
         .chunks(BATCH_CHUNKS)
     {
         let (at, batch) = (Arc::clone(&source), batch.to_vec());
-        let records = blocking(move || at.read(&batch)).await?;
+        let records = blocking(move || at.files[unit.0].read(&batch)).await?;
         bytes += records.iter().map(|r| r.framed_len() as u64).sum::<u64>();
     }
     Ok(bytes)
 }
 
 /// Hash one unit and send what the member lacks of it; the unit's length.
-async fn send_unit(registry: Registry, source: Arc<Source>, unit: usize) -> Result<u64, Failure> {
+async fn send_unit(registry: Registry, source: Arc<Source>, unit: Unit) -> Result<u64, Failure> {
     let (lacking, len) = lacking_of(&registry, &source, unit).await?;
     for batch in lacking.chunks(BATCH_CHUNKS) {
         let (at, batch) = (Arc::clone(&source), batch.to_vec());
-        let records = blocking(move || at.read(&batch)).await?;
+        let records = blocking(move || at.files[unit.0].read(&batch)).await?;
         send(&registry, &source, records).await?;
     }
     Ok(len)
@@ -256,13 +262,14 @@ async fn send_unit(registry: Registry, source: Arc<Source>, unit: usize) -> Resu
 async fn lacking_of(
     registry: &Registry,
     source: &Arc<Source>,
-    unit: usize,
+    unit: Unit,
 ) -> Result<(Vec<(Id, u64)>, u64), Failure> {
     let at = Arc::clone(source);
-    let names = blocking(move || at.names(unit)).await?;
-    let first = (unit * UNIT_CHUNKS) as u64;
+    let names = blocking(move || at.files[unit.0].names(unit.1)).await?;
+    let first = (unit.1 * UNIT_CHUNKS) as u64;
+    let size = source.files[unit.0].size;
     let len = (first..first + names.len() as u64)
-        .map(|n| chunk_len_at(source.size, n))
+        .map(|n| chunk_len_at(size, n))
         .sum();
     let mine: Vec<(Id, u64)> = {
         let mut claimed = source.claimed.lock();
@@ -399,16 +406,18 @@ async fn wait_held(holder: &Registry, mut tag: TagInfo, until: Instant) -> Waite
     Waited::Settled(tag)
 }
 
-/// The file to push.
+/// [`FileEntry::content`] of a file as it would be pushed. Blocks.
+pub fn content_of(path: &Path) -> Result<String, TransferError> {
+    let file = Local::open(path, None, Some("raw".to_owned()))?;
+    let (entry, _) = file.describe()?;
+    file.check_unchanged()?;
+    entry.content()
+}
+
+/// What is pushed.
 struct Source {
-    file: File,
-    name: String,
-    format: String,
-    size: u64,
-    modified: std::time::SystemTime,
-    ranges: Vec<Range<u64>>,
-    /// Chunk names by unit, once hashed: another member needs no second look at the file.
-    hashed: Mutex<Vec<Option<Arc<Vec<Id>>>>>,
+    /// The disk first.
+    files: Vec<Local>,
     /// Chunks that some unit takes care of in this round.
     claimed: Mutex<HashSet<Id>>,
     /// What the member that is pushed to knows this push by.
@@ -417,8 +426,72 @@ struct Source {
     sent_bytes: AtomicU64,
 }
 
+/// A file, and a unit of it.
+type Unit = (usize, usize);
+
+/// One file of it.
+struct Local {
+    file: File,
+    name: String,
+    format: String,
+    size: u64,
+    modified: std::time::SystemTime,
+    ranges: Vec<Range<u64>>,
+    /// Chunk names by unit, once hashed: another member needs no second look at the file.
+    hashed: Mutex<Vec<Option<Arc<Vec<Id>>>>>,
+}
+
 impl Source {
-    fn open(path: &Path, format: Option<String>) -> Result<Self, TransferError> {
+    fn open(path: &Path, spec: &PushSpec) -> Result<Self, TransferError> {
+        let mut files = vec![Local::open(path, None, spec.format.clone())?];
+        for (name, path) in &spec.beside {
+            files.push(Local::open(path, Some(name), Some("raw".to_owned()))?);
+        }
+        Ok(Self {
+            files,
+            claimed: Mutex::default(),
+            push: Mutex::default(),
+            sent_chunks: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
+        })
+    }
+
+    fn push(&self) -> String {
+        self.push.lock().clone()
+    }
+
+    fn units(&self) -> impl Iterator<Item = Unit> + use<> {
+        let counts: Vec<usize> = self.files.iter().map(|f| f.hashed.lock().len()).collect();
+        let counts = counts.into_iter().enumerate();
+        counts.flat_map(|(file, count)| (0..count).map(move |unit| (file, unit)))
+    }
+
+    fn check_unchanged(&self) -> Result<(), TransferError> {
+        self.files.iter().try_for_each(Local::check_unchanged)
+    }
+
+    /// Segments and manifest, the manifest last, and its digest.
+    fn describe(&self) -> Result<(Id, Vec<WireRecord>), TransferError> {
+        let (mut files, mut records) = (Vec::new(), Vec::new());
+        for file in &self.files {
+            let (entry, segments) = file.describe()?;
+            files.push(entry);
+            records.extend(segments);
+        }
+        let manifest = Manifest { version: 1, files };
+        let record = WireRecord::encode(&manifest.to_bytes()?);
+        let id = record.id;
+        records.push(record);
+        Ok((id, records))
+    }
+}
+
+impl Local {
+    fn open(
+        path: &Path,
+        name: Option<&String>,
+        format: Option<String>,
+    ) -> Result<Self, TransferError> {
         let file = File::open(path)?;
         let facts = file.metadata()?;
         if !facts.is_file() {
@@ -435,27 +508,16 @@ impl Source {
         let units = size.div_ceil(CHUNK_LEN * UNIT_CHUNKS as u64);
         let units = usize::try_from(units)
             .map_err(|_| TransferError::Invalid("the file is too long".to_owned()))?;
+        let ending = if format == "qcow2" { "qcow2" } else { "img" };
         Ok(Self {
             ranges: data_ranges(&file, size)?,
-            name: format!("disk.{}", if format == "qcow2" { "qcow2" } else { "img" }),
+            name: name.map_or_else(|| format!("disk.{ending}"), String::clone),
             format,
             size,
             modified: facts.modified()?,
             hashed: Mutex::new(vec![None; units]),
-            claimed: Mutex::default(),
-            push: Mutex::default(),
-            sent_chunks: AtomicU64::new(0),
-            sent_bytes: AtomicU64::new(0),
             file,
         })
-    }
-
-    fn push(&self) -> String {
-        self.push.lock().clone()
-    }
-
-    fn units(&self) -> usize {
-        self.hashed.lock().len()
     }
 
     fn names(&self, unit: usize) -> Result<Arc<Vec<Id>>, TransferError> {
@@ -499,29 +561,24 @@ impl Source {
         Err(changed())
     }
 
-    /// Segments and manifest, the manifest last, and its digest.
-    fn describe(&self) -> Result<(Id, Vec<WireRecord>), TransferError> {
-        let names: Vec<Arc<Vec<Id>>> = (0..self.units())
+    /// Its entry of the manifest, and its segments.
+    fn describe(&self) -> Result<(FileEntry, Vec<WireRecord>), TransferError> {
+        let units = self.hashed.lock().len();
+        let names: Vec<Arc<Vec<Id>>> = (0..units)
             .map(|unit| self.names(unit))
             .collect::<Result<_, _>>()?;
         let flat: Vec<Id> = names.iter().flat_map(|n| n.iter().copied()).collect();
-        let mut records: Vec<WireRecord> = flat
+        let records: Vec<WireRecord> = flat
             .chunks(SEGMENT_CHUNKS)
             .map(|ids| WireRecord::encode(ids.as_flattened()))
             .collect();
-        let manifest = Manifest {
-            version: 1,
-            files: vec![FileEntry {
-                name: self.name.clone(),
-                format: self.format.clone(),
-                size: self.size,
-                segments: records.iter().map(|r| hex::encode(r.id)).collect(),
-            }],
+        let entry = FileEntry {
+            name: self.name.clone(),
+            format: self.format.clone(),
+            size: self.size,
+            segments: records.iter().map(|r| hex::encode(r.id)).collect(),
         };
-        let record = WireRecord::encode(&manifest.to_bytes()?);
-        let id = record.id;
-        records.push(record);
-        Ok((id, records))
+        Ok((entry, records))
     }
 }
 

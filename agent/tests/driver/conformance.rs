@@ -25,6 +25,7 @@ pub(crate) fn spec(id: &str, base: &Path) -> VmSpec {
         name: format!("vm-{id}"),
         base: base.into(),
         base_format: "qcow2".into(),
+        saved: None,
         vcpu: 1,
         ram_mb: 256,
         forwards: vec![PortRule {
@@ -66,6 +67,7 @@ async fn nothing_there(rig: &dyn Rig) {
     driver.delete("none").await.unwrap();
     assert!(driver.ready("none", true).await.is_err());
     assert!(driver.restart("none", 1).await.is_err());
+    assert!(driver.suspend("none", &std::env::temp_dir()).await.is_err());
     assert!(
         driver
             .run_script("none", &script("exit 0", 5))

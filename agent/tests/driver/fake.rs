@@ -75,3 +75,28 @@ async fn ports_and_capacity_are_scarce() {
     driver.delete("a").await.unwrap();
     start("c", first).await.unwrap();
 }
+
+#[tokio::test]
+async fn clones_of_a_suspended_vm_need_no_boot() {
+    let config = FakeConfig {
+        boot_delay: std::time::Duration::from_secs(3600),
+        ..FakeConfig::default()
+    };
+    let driver = FakeDriver::open(config).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    driver.start(&spec("a", Path::new("/none"))).await.unwrap();
+    let made = driver.suspend("a", dir.path()).await.unwrap();
+    assert!(
+        driver.suspend("a", dir.path()).await.is_err(),
+        "it does not run"
+    );
+    let mut clone = spec("b", &made.disk);
+    clone.saved = Some(made.saved.clone());
+    driver.start(&clone).await.unwrap();
+    let ready = driver.ready("b", true).await.unwrap();
+    assert_eq!(ready.accelerator, "fake, resumed");
+    std::fs::write(&made.saved.machine, "{}").unwrap();
+    clone.id = "c".into();
+    let started = driver.start(&clone).await.unwrap();
+    assert!(started.accelerator.contains("booted cold"));
+}

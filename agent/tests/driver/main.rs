@@ -6,3 +6,4 @@ mod conformance;
 mod fake;
 mod guest;
 mod qemu;
+mod suspended;

@@ -12,10 +12,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 /// A state folder whose name is too long for a socket's path, gone with its VMs at the end.
-struct State(tempfile::TempDir);
+pub(crate) struct State(tempfile::TempDir);
 
 impl State {
-    fn new() -> State {
+    pub(crate) fn new() -> State {
         State(
             tempfile::Builder::new()
                 .prefix(&"long-".repeat(25))
@@ -24,7 +24,11 @@ impl State {
         )
     }
 
-    async fn open(&self) -> QemuDriver {
+    pub(crate) fn folder(&self) -> PathBuf {
+        self.0.path().canonicalize().unwrap()
+    }
+
+    pub(crate) async fn open(&self) -> QemuDriver {
         QemuDriver::open(QemuConfig::new(self.0.path()))
             .await
             .unwrap()
@@ -116,7 +120,7 @@ async fn fetch(port: u16, path: &str) -> std::io::Result<String> {
     Ok(text)
 }
 
-async fn fetch_until(port: u16, path: &str, wanted: &str) {
+pub(crate) async fn fetch_until(port: u16, path: &str, wanted: &str) {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         let got = tokio::time::timeout(Duration::from_secs(5), fetch(port, path)).await;

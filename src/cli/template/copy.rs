@@ -2,12 +2,15 @@
 
 use super::super::client::{ApiClient, query};
 use super::super::table::{self, Output};
+use super::suspend::SuspendArgs;
 use super::{done, registries};
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use mainstay_agent::transfer::api::{self, Forward, TagInfo};
-use mainstay_agent::transfer::{PushSpec, pull_file, push_file};
+use mainstay_agent::transfer::{
+    MACHINE_FILE, MEMORY_FILE, Manifest, PushSpec, pull_file, push_file,
+};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -37,6 +40,8 @@ pub(super) struct PushArgs {
     /// Forward a port of every instance: NAME:GUEST_PORT[:HOST_PORT]
     #[arg(long, value_name = "RULE", value_parser = forward)]
     forward: Vec<Forward>,
+    #[command(flatten)]
+    suspend: SuspendArgs,
     /// Verified copies that make the tag visible
     #[arg(long, value_enum, default_value_t = Durability::Majority)]
     durability: Durability,
@@ -65,6 +70,12 @@ pub(super) struct PullArgs {
     /// Where to; an existing file is replaced once all bytes are there
     #[arg(long, value_name = "FILE")]
     disk: PathBuf,
+    /// Where the memory of a suspended tag goes to
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
+    /// Where the machine goes to that the memory belongs to
+    #[arg(long, value_name = "FILE")]
+    machine: Option<PathBuf>,
 }
 
 fn host_arch() -> &'static str {
@@ -98,12 +109,15 @@ pub(super) async fn push(
     output: Output,
 ) -> anyhow::Result<()> {
     let registries = registries(client).await?;
+    let what = Box::pin(args.suspend.prepare(&args.disk, args.format.as_ref())).await;
+    let what = what.with_context(|| format!("cannot push {}", args.disk.display()))?;
     let spec = PushSpec {
         template: args.template.clone(),
         tag: args.tag.clone(),
         description: args.description.clone(),
         arch: args.arch.clone(),
-        format: args.format.clone(),
+        format: what.format.clone(),
+        beside: what.beside.clone(),
         forwards: args.forward.clone(),
         durability: match args.durability {
             Durability::Majority => api::Durability::Majority,
@@ -114,7 +128,7 @@ pub(super) async fn push(
     };
     let bar = bar();
     let progress = |done: u64, total: u64| show(&bar, done, total);
-    let pushed = push_file(&http()?, &registries, &args.disk, &spec, &progress).await;
+    let pushed = push_file(&http()?, &registries, &what.disk, &spec, &progress).await;
     bar.finish_and_clear();
     let pushed = pushed.with_context(|| format!("cannot push {}", args.disk.display()))?;
     let tag = &pushed.tag;
@@ -200,15 +214,15 @@ pub(super) async fn pull(
             tag.tag
         );
     }
-    let part = part_of(&args.disk)?;
-    let bar = bar();
-    let progress = |done: u64, total: u64| show(&bar, done, total);
-    let pulled = pull_file(&http()?, &registries, &tag.manifest, 0, &part, &progress).await;
-    bar.finish_and_clear();
-    pulled.with_context(|| format!("cannot pull {}:{}", tag.template, tag.tag))?;
-    std::fs::rename(&part, &args.disk)
-        .with_context(|| format!("cannot rename {}", part.display()))?;
-    sync_dir_of(&args.disk).with_context(|| format!("cannot sync {}", args.disk.display()))?;
+    let first = pull_part(&registries, &tag, 0, &args.disk).await?;
+    let beside = [(&args.state, MEMORY_FILE), (&args.machine, MACHINE_FILE)];
+    for (to, name) in beside {
+        let Some(to) = to else { continue };
+        let Some(at) = first.files.iter().position(|f| f.name == name) else {
+            bail!("{}:{} is not of a suspended VM", tag.template, tag.tag);
+        };
+        pull_part(&registries, &tag, at, to).await?;
+    }
     let text = format!(
         "{}:{} pulled to {}",
         tag.template,
@@ -216,6 +230,24 @@ pub(super) async fn pull(
         args.disk.display()
     );
     done(output, &json!({"tag": tag, "file": args.disk}), &text)
+}
+
+/// One file of a tag; its manifest.
+async fn pull_part(
+    registries: &[String],
+    tag: &TagInfo,
+    at: usize,
+    to: &Path,
+) -> anyhow::Result<Manifest> {
+    let part = part_of(to)?;
+    let bar = bar();
+    let progress = |done: u64, total: u64| show(&bar, done, total);
+    let pulled = pull_file(&http()?, registries, &tag.manifest, at, &part, &progress).await;
+    bar.finish_and_clear();
+    let pulled = pulled.with_context(|| format!("cannot pull {}:{}", tag.template, tag.tag))?;
+    std::fs::rename(&part, to).with_context(|| format!("cannot rename {}", part.display()))?;
+    sync_dir_of(to).with_context(|| format!("cannot sync {}", to.display()))?;
+    Ok(pulled)
 }
 
 fn part_of(disk: &Path) -> anyhow::Result<PathBuf> {

@@ -3,6 +3,7 @@
 
 mod copy;
 mod distribute;
+mod suspend;
 
 use self::copy::{PullArgs, PushArgs};
 use self::distribute::DistributeArgs;
@@ -386,7 +387,10 @@ mod tests {
         for line in [
             "x push debian-ci --tag v1 --disk disk.qcow2",
             "x push d --tag v1 --disk f --forward ssh:22 --forward web:80:8080 --durability all --arch arm64",
+            "x push d --tag v1 --disk f --suspend --ram 128 --vcpu 2 --accel tcg --script warm.sh --work-dir /var/tmp",
+            "x push d --tag v1 --disk f --state m --machine j",
             "x pull debian-ci --tag v1 --disk copy.qcow2",
+            "x pull debian-ci --tag v1 --disk d --state m --machine j",
             "x revert d --tag v1",
             "x revert d --number 3",
             "x replicas d",
@@ -407,6 +411,9 @@ mod tests {
             "x push d --tag v1 --disk f --forward ssh",
             "x push d --tag v1 --disk f --forward ssh:70000",
             "x push d --tag v1 --disk f --arch sparc",
+            "x push d --tag v1 --disk f --state m",
+            "x push d --tag v1 --disk f --suspend --state m --machine j",
+            "x push d --tag v1 --disk f --script warm.sh",
             "x revert d --tag v1 --number 3",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");

@@ -5,14 +5,14 @@
 //! The SHA-256 costs one pass over the whole disk. It is taken when a client first asks, by each member
 //! for itself, and remembered while the tag lives.
 
-use super::document::{Document, IMAGE};
+use super::document::{Descriptor, Document, IMAGE};
 use super::error::{OciError, bad_manifest, unavailable};
 use super::ingest::Ingest;
 use super::locate::Located;
 use super::{file_name, route, serve};
 use crate::app::Consistency;
 use crate::registry::{RegistryService, replicate};
-use mainstay_agent::transfer::{FileEntry, Manifest};
+use mainstay_agent::transfer::{FileEntry, MACHINE_FILE, MEMORY_FILE, Manifest};
 use mainstay_model::command::{ArtifactTemplate, TagContent};
 use mainstay_model::ids::{Digest, Sha256};
 use mainstay_model::instance::PortRule;
@@ -21,7 +21,7 @@ use mainstay_model::{MemberId, State, limits};
 use mainstay_storage::blobs::BlobEntry;
 use mainstay_storage::chunks::ChunkId;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Artifact type of a template tag.
@@ -29,12 +29,15 @@ pub(super) const TEMPLATE: &str = "application/vnd.mainstay.template.v1";
 const CONFIG: &str = "application/vnd.mainstay.template.config.v1+json";
 const QCOW2: &str = "application/vnd.mainstay.disk.v1.qcow2";
 const RAW: &str = "application/vnd.mainstay.disk.v1.raw";
+const MEMORY: &str = "application/vnd.mainstay.memory.v1";
+const MACHINE: &str = "application/vnd.mainstay.machine.v1+json";
 const TITLE: &str = "org.opencontainers.image.title";
 /// Longest configuration that is read.
 const CONFIG_MAX: u64 = 1 << 20;
 /// Tags that are looked at for a digest that nobody knows any more.
 const SEARCHED: usize = 64;
-/// Scope of the remembered sums, before the digest of our manifest. No repository's name.
+/// Scope of the remembered sums, before the digest of our manifest; of other files than the disk, `:` and the
+/// file's place follow. No repository's name.
 const SUMS: &str = "sum:";
 
 /// What a template tag says beyond its disk.
@@ -62,7 +65,7 @@ struct Shown<'a> {
     media_type: &'a str,
     artifact_type: &'a str,
     config: Part<'a>,
-    layers: [Part<'a>; 1],
+    layers: Vec<Part<'a>>,
 }
 
 #[derive(Serialize)]
@@ -72,7 +75,7 @@ struct Part<'a> {
     digest: String,
     size: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    annotations: Option<std::collections::BTreeMap<&'a str, &'a str>>,
+    annotations: Option<BTreeMap<&'a str, &'a str>>,
 }
 
 /// A template tag as an artifact.
@@ -126,8 +129,17 @@ impl RegistryService {
         if tags.len() > 1 {
             return Err(bad_manifest("a template is put under one tag at a time"));
         }
-        let [layer] = document.layers.as_slice() else {
-            return Err(bad_manifest("a template has one layer, its disk"));
+        let (layer, saved) = match document.layers.as_slice() {
+            [disk] => (disk, None),
+            [disk, memory, machine]
+                if memory.media_type == MEMORY && machine.media_type == MACHINE =>
+            {
+                (disk, Some([memory, machine]))
+            }
+            _ => {
+                let text = "a template has one layer, its disk; a suspended one has memory and machine behind it";
+                return Err(bad_manifest(text));
+            }
         };
         let format = match layer.media_type.as_str() {
             QCOW2 => "qcow2",
@@ -138,38 +150,48 @@ impl RegistryService {
             }
         };
         let config = self.read_config(document, found).await?;
-        let digest = route::digest(&layer.digest)?;
-        let disk = found.iter().find(|(blob, _)| *blob == digest);
-        let (_, disk) = disk.ok_or_else(|| super::document::lacks(&digest))?;
+        let file = |layer: &Descriptor, name: &str, format: &str| {
+            let digest = route::digest(&layer.digest)?;
+            let blob = found.iter().find(|(blob, _)| *blob == digest);
+            let (_, blob) = blob.ok_or_else(|| super::document::lacks(&digest))?;
+            Ok::<_, OciError>(FileEntry {
+                name: name.to_owned(),
+                format: format.to_owned(),
+                ..blob.file.clone()
+            })
+        };
         let title = layer.annotations.as_ref().and_then(|a| a.get(TITLE));
         let name = title.cloned().unwrap_or_else(|| {
             let ending = if format == "qcow2" { "qcow2" } else { "img" };
             format!("disk.{ending}")
         });
-        let file = FileEntry {
-            name: name.clone(),
-            format: format.to_owned(),
-            ..disk.file.clone()
-        };
-        let size = file.size;
-        let manifest = Manifest {
-            version: 1,
-            files: vec![file],
-        };
+        let mut files = vec![file(layer, &name, format)?];
+        if let Some([memory, machine]) = saved {
+            files.push(file(memory, MEMORY_FILE, "raw")?);
+            files.push(file(machine, MACHINE_FILE, "raw")?);
+        }
+        let manifest = Manifest { version: 1, files };
+        let size = manifest.size();
+        let saved = manifest.saved().map_err(|e| bad_manifest(e.to_string()))?;
+        let memory = saved.map(|_| MEMORY_FILE);
         let bytes = manifest.to_bytes();
         let bytes = bytes.map_err(|e| bad_manifest(e.to_string()))?;
+        let content = TagContent {
+            manifest: Digest(self.put_chunk(bytes).await?),
+            size,
+            arch: config.architecture,
+            description: config.description,
+            disk: TagContent::file_names(&name, memory),
+            format: format.to_owned(),
+            forwards: config.forwards.iter().map(rule).collect(),
+        };
+        if let Some(why) = self.unknown_memory(&content).await? {
+            return Err(bad_manifest(why));
+        }
         Ok(Some(ArtifactTemplate {
             new_template_id: crate::stamp::template_id(),
             tag: tag.clone(),
-            content: TagContent {
-                manifest: Digest(self.put_chunk(bytes).await?),
-                size,
-                arch: config.architecture,
-                description: config.description,
-                disk: name,
-                format: format.to_owned(),
-                forwards: config.forwards.iter().map(rule).collect(),
-            },
+            content,
         }))
     }
 
@@ -241,8 +263,11 @@ impl RegistryService {
     /// Make it, and keep its parts as blobs of the repository.
     async fn derive(self: &Arc<Self>, name: &str, source: Source) -> Result<Derived, OciError> {
         let content = &source.content;
-        let disk = self.disk_of(content, &source.holders).await?;
-        let sum = self.sum(content, &disk, &source.holders).await?;
+        let files = self.files_of(content, &source.holders).await?;
+        let mut sums = Vec::new();
+        for (at, file) in files.iter().enumerate() {
+            sums.push(self.sum(content, at, file, &source.holders).await?);
+        }
         let config = Config {
             architecture: content.arch.clone(),
             description: content.description.clone(),
@@ -250,7 +275,18 @@ impl RegistryService {
         };
         let config = serde_json::to_vec(&config).unwrap_or_default();
         let config_digest = self.keep(name, &config).await?;
-        let title = std::collections::BTreeMap::from([(TITLE, content.disk.as_str())]);
+        let disk = if content.format == "qcow2" {
+            QCOW2
+        } else {
+            RAW
+        };
+        let layers = [disk, MEMORY, MACHINE].into_iter().zip(&files).zip(&sums);
+        let layers = layers.map(|((media_type, file), sum)| Part {
+            media_type,
+            digest: sum.to_string(),
+            size: file.size,
+            annotations: Some(BTreeMap::from([(TITLE, file.name.as_str())])),
+        });
         let shown = Shown {
             schema_version: 2,
             media_type: IMAGE,
@@ -261,24 +297,17 @@ impl RegistryService {
                 size: config.len() as u64,
                 annotations: None,
             },
-            layers: [Part {
-                media_type: if content.format == "qcow2" {
-                    QCOW2
-                } else {
-                    RAW
-                },
-                digest: sum.to_string(),
-                size: disk.size,
-                annotations: Some(title),
-            }],
+            layers: layers.collect(),
         };
         let bytes = serde_json::to_vec(&shown).unwrap_or_default();
-        let layer = FileEntry {
-            name: file_name(&sum),
-            format: "raw".to_owned(),
-            ..disk
-        };
-        self.name_once(name, &sum, layer).await?;
+        for (file, sum) in files.into_iter().zip(&sums) {
+            let layer = FileEntry {
+                name: file_name(sum),
+                format: "raw".to_owned(),
+                ..file
+            };
+            self.name_once(name, sum, layer).await?;
+        }
         Ok(Derived {
             digest: self.keep(name, &bytes).await?,
             bytes,
@@ -286,27 +315,33 @@ impl RegistryService {
         })
     }
 
-    /// The tag's disk.
-    async fn disk_of(
+    /// The tag's disk and, of a suspended VM, its memory and its machine.
+    async fn files_of(
         &self,
         content: &TagContent,
         holders: &[MemberId],
-    ) -> Result<FileEntry, OciError> {
+    ) -> Result<Vec<FileEntry>, OciError> {
         let bytes = self.chunk(content.manifest.0, holders).await;
         let manifest = Manifest::parse(&bytes.map_err(unavailable)?);
         let manifest = manifest.map_err(|e| unavailable(e.to_string()))?;
-        let disk = manifest.files.into_iter().next();
-        disk.ok_or_else(|| unavailable("the tag has no disk"))
+        let saved = manifest.saved().map_err(|e| unavailable(e.to_string()))?;
+        let saved = saved.map_or(vec![], |(memory, machine)| vec![memory, machine]);
+        let files = std::iter::once(0).chain(saved);
+        Ok(files.map(|at| manifest.files[at].clone()).collect())
     }
 
-    /// The disk's SHA-256, remembered or taken.
+    /// A file's SHA-256, remembered or taken. The disk is the file 0.
     async fn sum(
         self: &Arc<Self>,
         content: &TagContent,
-        disk: &FileEntry,
+        at: usize,
+        file: &FileEntry,
         holders: &[MemberId],
     ) -> Result<Sha256, OciError> {
-        let scope = format!("{SUMS}{}", content.manifest);
+        let mut scope = format!("{SUMS}{}", content.manifest);
+        if at > 0 {
+            scope = format!("{scope}:{at}");
+        }
         let known = || self.names.first_in(&scope).map(|(name, _)| Sha256(name));
         if let Some(known) = known() {
             return Ok(known);
@@ -320,12 +355,12 @@ impl RegistryService {
         let manifest = content.manifest.0;
         let brought = replicate::bring(self, manifest, holders, None).await;
         brought.map_err(unavailable)?;
-        let (chunks, file) = (self.chunks.clone(), disk.clone());
-        let hashed = tokio::task::spawn_blocking(move || serve::hash(&chunks, &file)).await;
+        let (chunks, hashed) = (self.chunks.clone(), file.clone());
+        let hashed = tokio::task::spawn_blocking(move || serve::hash(&chunks, &hashed)).await;
         let hashed = hashed.map_err(|e| unavailable(e.to_string()))?;
         let sum = hashed.map_err(unavailable)?;
         let entry = BlobEntry {
-            size: disk.size,
+            size: file.size,
             chunk: ChunkId(manifest),
             // Not a matter of time: `forget_sums`.
             seen_ms: u64::MAX,
@@ -363,12 +398,13 @@ impl RegistryService {
     pub(super) async fn forget_sums(&self) -> Result<(), OciError> {
         let live = |state: &State| {
             let tags = state.templates.values().flat_map(|t| t.tags.values());
-            let live = tags.map(|t| format!("{SUMS}{}", t.content.manifest));
+            let live = tags.map(|t| t.content.manifest.to_string());
             live.collect::<BTreeSet<String>>()
         };
         let live = self.catalog.take(Consistency::Stale, live).await?;
         for (scope, name, _) in self.names.all() {
-            if scope.starts_with(SUMS) && !live.contains(&scope) {
+            let of = scope.strip_prefix(SUMS).and_then(|s| s.split(':').next());
+            if of.is_some_and(|manifest| !live.contains(manifest)) {
                 self.forget_here(&scope, &Sha256(name)).await?;
             }
         }

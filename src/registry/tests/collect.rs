@@ -1,10 +1,10 @@
 //! Collection and verification of a served registry, with a clock that the test moves.
 
 use super::*;
-use mainstay_agent::transfer::WireRecord;
 use mainstay_agent::transfer::api::{
     Answer, Collection, GC, MISSING, PUBLISH, REPLICAS, Replica, SCRUB,
 };
+use mainstay_agent::transfer::{MACHINE_FILE, MEMORY_FILE, WireRecord};
 use mainstay_model::command::TagSelector;
 use serde::de::DeserializeOwned;
 
@@ -316,6 +316,62 @@ async fn spoilt_chunks_are_found_told_and_fetched_again() {
         .await
         .unwrap();
     assert_same(&image, &copy);
+}
+
+/// Disk, memory and machine of one tag: what two tags share is stored once, found when it is spoilt, and kept
+/// when one of them goes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_saved_memory_is_stored_mended_and_kept_like_a_disk() {
+    let cluster = cluster_by_hand(2);
+    let members = cluster.serve_all().await;
+    know_suspended(&cluster);
+    let (disk, mut memory) = (noise(11, 2 << 20), noise(12, 4 << 20));
+    std::fs::write(cluster.file("disk"), &disk).unwrap();
+    let mut tags = Vec::new();
+    for tag in ["v1", "v2"] {
+        // One page is not what it was.
+        memory[1 << 20..][..4096].copy_from_slice(&noise(13 + tags.len() as u64, 4096));
+        let names = [MEMORY_FILE, MACHINE_FILE];
+        let beside = names.map(|name| (name.to_owned(), cluster.file(&format!("{tag}-{name}"))));
+        std::fs::write(&beside[0].1, &memory).unwrap();
+        std::fs::write(&beside[1].1, format!("{{\"of\":{tag:?}}}")).unwrap();
+        let spec = PushSpec {
+            beside: beside.to_vec(),
+            ..spec("t", tag, Durability::All)
+        };
+        let pushed = push(&[&members[0].url], &cluster.file("disk"), &spec).await;
+        tags.push(pushed.unwrap());
+    }
+    // A chunk of the memory and its machine, the segments of both, and the manifest.
+    assert_eq!(tags[1].sent_chunks, 5, "{tags:?}");
+
+    let ids: Vec<[u8; 32]> = memory
+        .chunks(65536)
+        .step_by(3)
+        .map(|c| WireRecord::encode(c).id)
+        .collect();
+    spoil(&cluster, 1, &ids);
+    let found = scrub(&members[0]).await;
+    assert_eq!(found.round_damaged, ids.len() as u64, "{found:?}");
+    eventually("whole again", || {
+        cluster.holders("t") == 2 && members[0].service.chunks().stats().damaged == 0
+    })
+    .await;
+
+    delete_tag(&cluster, "t", "v1").await;
+    gc(&members[0]).await;
+    cluster.pass(DAY * 3);
+    // Too little of a pack for it to be rewritten.
+    let done = gc(&members[0]).await;
+    assert!(done.refused.is_empty(), "{done:?}");
+    assert_eq!((done.dead_chunks, done.removed_chunks), (5, 0), "{done:?}");
+    let copy = cluster.file("copy");
+    let (urls, manifest) = ([members[0].url.clone()], &tags[1].tag.manifest);
+    for (at, bytes) in [&disk, &memory].into_iter().enumerate() {
+        let pulled = pull_file(&client(), &urls, manifest, at, &copy, &|_, _| ()).await;
+        assert_eq!(pulled.unwrap().files.len(), 3);
+        assert!(std::fs::read(&copy).unwrap() == *bytes, "file {at}");
+    }
 }
 
 /// What clients name by SHA-256: kept while a manifest or an upload names it, and gone with the last.

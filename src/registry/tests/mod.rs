@@ -283,10 +283,22 @@ fn spec(template: &str, tag: &str, durability: Durability) -> PushSpec {
         description: "a test".to_owned(),
         arch: "amd64".to_owned(),
         format: None,
+        beside: Vec::new(),
         forwards: Vec::new(),
         durability,
         wait: Duration::from_secs(30),
     }
+}
+
+/// All members know suspended templates.
+fn know_suspended(cluster: &Cluster) {
+    let level = mainstay_model::feature::SUSPENDED;
+    let known = Envelope {
+        id: CommandId(1),
+        stamp_ms: 1,
+        command: Command::SetFeatures { level },
+    };
+    cluster.shared.state.lock().apply(&known);
 }
 
 async fn push(urls: &[&str], path: &Path, spec: &PushSpec) -> Result<Published, TransferError> {

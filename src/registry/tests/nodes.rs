@@ -8,7 +8,9 @@ use axum::routing::post;
 use mainstay_agent::cache::{Cache, Party, RegistryFetch, Reserve, Sources};
 use mainstay_agent::share::{self, Key, Shares};
 use mainstay_agent::transfer::api::CHUNKS_GET;
-use mainstay_agent::transfer::{Company, WireRecord, pull_among};
+use mainstay_agent::transfer::{
+    Company, MACHINE_FILE, MEMORY_FILE, WireRecord, content_of, pull_among,
+};
 use mainstay_agent::wire::ImageRef;
 
 const KEY: &str = "the key of this cluster";
@@ -212,6 +214,106 @@ async fn the_next_tag_moves_only_what_is_new_also_after_a_restart() {
     let used = sent(&members) - before;
     assert!(used < 1 << 20, "{used} bytes for 300,000 new ones");
     assert_eq!(node.cache.images().len(), 2);
+}
+
+/// A tag of a suspended VM: its memory, a few pages of which differ from that of `seed`, and its machine.
+async fn suspended(
+    cluster: &Cluster,
+    members: &[TestMember],
+    tag: &str,
+    seed: u64,
+) -> (Vec<PathBuf>, String) {
+    let files: Vec<PathBuf> = ["disk", "memory", "machine"]
+        .iter()
+        .map(|name| cluster.file(&format!("{tag}-{name}")))
+        .collect();
+    write_image(&files[0], seed);
+    write_image(&files[1], seed + 1);
+    let memory = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&files[1])
+        .unwrap();
+    memory.write_all_at(tag.as_bytes(), 70 << 20).unwrap();
+    std::fs::write(&files[2], format!("{{\"tag\":{tag:?}}}")).unwrap();
+    let beside = [(MEMORY_FILE, &files[1]), (MACHINE_FILE, &files[2])];
+    let beside = beside.map(|(name, path)| (name.to_owned(), path.clone()));
+    let spec = PushSpec {
+        beside: beside.to_vec(),
+        ..spec("t", tag, Durability::All)
+    };
+    let published = push(&[&members[0].url], &files[0], &spec).await.unwrap();
+    (files, published.tag.manifest)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_saved_memory_goes_the_way_of_its_disk() {
+    let cluster = Cluster::new(3);
+    let members = cluster.serve_all().await;
+    let early = PushSpec {
+        beside: [MEMORY_FILE, MACHINE_FILE]
+            .map(|name| (name.to_owned(), cluster.file("small")))
+            .to_vec(),
+        ..spec("t", "early", Durability::All)
+    };
+    std::fs::write(cluster.file("small"), b"small").unwrap();
+    let early = push(&[&members[0].url], &cluster.file("small"), &early)
+        .await
+        .unwrap_err();
+    assert!(early.to_string().contains("upgrade it first"), "{early}");
+    know_suspended(&cluster);
+    let (files, manifest) = suspended(&cluster, &members, "first", 61).await;
+    let copy = one_copy(&cluster, &members, &manifest).await * 2;
+    let before = sent(&members);
+    let mut nodes = Vec::new();
+    for n in 0..4 {
+        nodes.push(Node::new(&cluster, &format!("n{n}"), &members).await);
+    }
+    let whole = async |node: &Node, manifest: &str, files: &[PathBuf]| {
+        let image = ImageRef {
+            manifest: manifest.to_owned(),
+            ..ImageRef::default()
+        };
+        let image = node.cache.ensure(&image, &|_| ()).await.unwrap();
+        let saved = image.saved.as_ref().unwrap();
+        for (file, pulled) in files
+            .iter()
+            .zip([&image.disk, &saved.memory, &saved.machine])
+        {
+            assert_same(file, pulled);
+        }
+        assert_eq!(saved.disk, content_of(&files[0]).unwrap());
+    };
+    let pulls = nodes.iter().map(|node| whole(node, &manifest, &files));
+    futures::future::join_all(pulls).await;
+    let used = sent(&members) - before;
+    assert!(
+        used < copy * 2,
+        "four nodes took {used} bytes, one copy is {copy}"
+    );
+
+    // After a restart it is still there, and only what differs of the next one is fetched.
+    let n0 = nodes.remove(0);
+    drop(n0);
+    let n0 = Node::new(&cluster, "n0", &members).await;
+    whole(&n0, &manifest, &files).await;
+    let (next, manifest) = suspended(&cluster, &members, "second", 61).await;
+    let before = sent(&members);
+    whole(&n0, &manifest, &next).await;
+    let used = sent(&members) - before;
+    assert!(used < 1 << 20, "{used} bytes for a page");
+    // What it serves after that restart is taken by others.
+    let late = Node::new(&cluster, "late", &members).await;
+    whole(&late, &manifest, &next).await;
+
+    // Half of it is refused.
+    let half = PushSpec {
+        beside: vec![(MEMORY_FILE.to_owned(), files[1].clone())],
+        ..spec("t", "half", Durability::All)
+    };
+    let refused = push(&[&members[0].url], &files[0], &half)
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("come together"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -18,6 +18,7 @@ async fn templates_are_artifacts_and_artifacts_of_our_type_are_templates() {
     let client = Client::new(&cluster);
     pushed_template_is_an_artifact(&client).await;
     artifact_is_a_template(&client).await;
+    a_suspended_template_has_three_layers(&client).await;
 }
 
 /// With holes and a last chunk that is not full.
@@ -141,4 +142,95 @@ async fn artifact_is_a_template(client: &Client<'_>) {
     deleted.unwrap();
     let gone = client.get("/v2/tools/base/tags/list").await;
     gone.is_error(404, "NAME_UNKNOWN");
+}
+
+const FLAGS: [&str; 3] = ["--disk", "--state", "--machine"];
+
+/// Memory and machine go out and come in again like the disk.
+async fn a_suspended_template_has_three_layers(client: &Client<'_>) {
+    let cluster = client.cluster;
+    let parts = [disk(21), disk(31), b"{\"version\":1}".to_vec()];
+    let mut push: Vec<String> = ["template", "push", "frozen", "--tag", "v1"]
+        .map(str::to_owned)
+        .to_vec();
+    for (flag, part) in FLAGS.iter().zip(&parts) {
+        let path = cluster.dir.path().join(format!("frozen{flag}"));
+        std::fs::write(&path, part).unwrap();
+        push.extend([(*flag).to_owned(), path.display().to_string()]);
+    }
+    let push: Vec<&str> = push.iter().map(String::as_str).collect();
+    crate::suspended::push(cluster, &push).await;
+    let mut seen = std::collections::BTreeSet::new();
+    for n in 0..3 {
+        let got = client.send_to(n, "GET", "/v2/frozen/manifests/v1", &[], Vec::new());
+        seen.insert(got.await.is(200).body);
+    }
+    assert_eq!(seen.len(), 1, "the same bytes on every member");
+    let manifest: Value = serde_json::from_slice(seen.first().unwrap()).unwrap();
+    let layers = manifest["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 3);
+    for ((layer, part), kind) in
+        layers
+            .iter()
+            .zip(&parts)
+            .zip(["disk.v1.raw", "memory.v1", "machine.v1+json"])
+    {
+        assert_eq!(
+            layer["mediaType"],
+            format!("application/vnd.mainstay.{kind}")
+        );
+        let path = format!("/v2/frozen/blobs/{}", layer["digest"].as_str().unwrap());
+        assert!(client.get(&path).await.is(200).body == *part);
+        client.push_blob("tools/frozen", part).await;
+    }
+    let config = manifest["config"]["digest"].as_str().unwrap();
+    let config = client
+        .get(&format!("/v2/frozen/blobs/{config}"))
+        .await
+        .is(200);
+    client.push_blob("tools/frozen", &config.body).await;
+    client
+        .put_manifest("tools/frozen", "v1", &manifest)
+        .await
+        .is(201);
+    what_came_in_again_is_what_went_out(cluster, &parts).await;
+    // Half of it is nothing.
+    let mut half = manifest.clone();
+    half["layers"].as_array_mut().unwrap().pop();
+    client
+        .put_manifest("tools/frozen", "v2", &half)
+        .await
+        .is_error(400, "MANIFEST_INVALID");
+}
+
+async fn what_came_in_again_is_what_went_out(cluster: &Cluster, parts: &[Vec<u8>; 3]) {
+    let mut tags = Vec::new();
+    for name in ["frozen", "tools/frozen"] {
+        let id = template_id(cluster, name).await.unwrap();
+        let path = format!("/api/v1/registry/vm?id={id}");
+        let shown: Value = cluster.call(1, "GET", &path, None).await.unwrap();
+        tags.push((id, shown["versions"][0].clone()));
+    }
+    let (id, tag) = &tags[1];
+    assert!(tag["manifest"].is_string());
+    assert_eq!(
+        tag["manifest"], tags[0].1["manifest"],
+        "the same chunks, so that the disk is the memory's own"
+    );
+    assert_eq!(tag["images"], json!(["disk.img"]));
+    assert_eq!(tag["state_files"], json!(["memory.state"]));
+    assert_eq!(tag["state_file"], "memory.state");
+    assert_eq!(tag["size"], parts.iter().map(Vec::len).sum::<usize>());
+    let mut pull: Vec<String> = ["template", "pull", id.as_str()]
+        .map(str::to_owned)
+        .to_vec();
+    let copies = FLAGS.map(|flag| cluster.dir.path().join(format!("copy{flag}")));
+    for (flag, copy) in FLAGS.iter().zip(&copies) {
+        pull.extend([(*flag).to_owned(), copy.display().to_string()]);
+    }
+    let pull: Vec<&str> = pull.iter().map(String::as_str).collect();
+    cluster.cli_ok(&pull);
+    for (copy, part) in copies.iter().zip(parts) {
+        assert!(std::fs::read(copy).unwrap() == *part);
+    }
 }

@@ -39,6 +39,7 @@ fn spec(template: &str) -> PushSpec {
         description: String::new(),
         arch: String::new(),
         format: Some("raw".to_owned()),
+        beside: Vec::new(),
         forwards: Vec::new(),
         durability: Durability::All,
         wait: Duration::from_secs(30),

@@ -9,8 +9,21 @@ use std::net::Ipv4Addr;
 
 /// Character device of the guest agent.
 pub(super) const GUEST_CHARDEV: &str = "guest";
-/// Name by which guests find their agent's port.
-const GUEST_PORT: &str = "org.qemu.guest_agent.0";
+/// Emulate all that can be: newer distributions refuse the oldest CPUs.
+pub(super) const TCG_CPU: &str = "max";
+/// What the guest sees, in the order of its places on the bus. A saved memory is of use with the same only.
+pub(super) const DEVICES: [&str; 7] = [
+    "virtio-blk-pci,drive=disk0",
+    // Without a ROM: nobody boots from this network.
+    "virtio-net-pci,netdev=net0,romfile=",
+    "virtio-serial-pci",
+    // The id makes QEMU tell when the guest opens the port; guests find it by its name.
+    "virtserialport,chardev=guest,id=port0,name=org.qemu.guest_agent.0",
+    "virtio-rng-pci,rng=rng0",
+    "VGA,vgamem_mb=8",
+    // Tells kernels that know it that they are a clone.
+    "vmgenid,guid=auto",
+];
 
 /// The arguments. Socket paths are relative to the VM's folder, QEMU's working directory at start:
 /// the system allows a socket's path only 107 bytes.
@@ -23,8 +36,7 @@ pub(super) fn arguments(
 ) -> Vec<OsString> {
     let (accel, cpu) = match acceleration {
         Acceleration::Kvm => ("kvm", "host"),
-        // Emulate all that can be: newer distributions refuse the oldest CPUs.
-        Acceleration::Tcg(_) => ("tcg,thread=multi", "max"),
+        Acceleration::Tcg(_) => ("tcg,thread=multi", TCG_CPU),
     };
     let mut args: Vec<OsString> = Vec::new();
     let mut add = |flag: &str, value: &str| args.extend([flag.into(), value.into()]);
@@ -37,30 +49,26 @@ pub(super) fn arguments(
     add("-m", &spec.ram_mb.to_string());
     add("-rtc", "base=utc");
     add("-blockdev", &disk(dir));
-    add("-device", "virtio-blk-pci,drive=disk0");
     add("-netdev", &network(bind, forwards));
-    // Without a ROM: nobody boots from this network.
-    add(
-        "-device",
-        &format!("virtio-net-pci,netdev=net0,romfile=,mac={}", mac(&spec.id)),
-    );
-    add("-device", "virtio-serial-pci");
     add(
         "-chardev",
         &format!("socket,id={GUEST_CHARDEV},path=qga.sock,server=on,wait=off"),
     );
-    // The id makes QEMU tell when the guest opens the port.
-    add(
-        "-device",
-        &format!("virtserialport,chardev={GUEST_CHARDEV},id=port0,name={GUEST_PORT}"),
-    );
     add("-object", "rng-builtin,id=rng0");
-    add("-device", "virtio-rng-pci,rng=rng0");
-    add("-device", "VGA,vgamem_mb=8");
+    for device in DEVICES {
+        match device.starts_with("virtio-net") {
+            true => add("-device", &format!("{device},mac={}", mac(&spec.id))),
+            false => add("-device", device),
+        }
+    }
     add("-vnc", "unix:vnc.sock");
     add("-serial", "file:console.log");
     add("-qmp", "unix:qmp.sock,server=on,wait=off");
     args.extend(["-pidfile".into(), dir.pidfile().into_os_string()]);
+    if spec.memory.is_some() {
+        // Told later what to load, and does not go on by itself.
+        args.extend(["-incoming", "defer", "-S"].map(OsString::from));
+    }
     args.extend(["-nodefaults", "-no-user-config", "-daemonize"].map(OsString::from));
     args
 }

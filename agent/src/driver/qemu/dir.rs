@@ -2,7 +2,8 @@
 //!
 //! `spec.json` says what the VM is; it is in place, with the overlay, before the folder has its final
 //! name. `run.json` says that QEMU has been started; a folder without it holds nothing worth keeping,
-//! unless `spec.json` says that it is being started again.
+//! unless `spec.json` says that it is being started again. Nor does one whose `spec.json` names a saved
+//! memory while `run.json` does not say that its guest has come to life.
 
 use super::super::{DriverError, VmSpec, check_id, now_ms};
 use crate::wire::PortRule;
@@ -36,6 +37,25 @@ pub(super) struct Spec {
     /// The ports it had before it was restarted.
     #[serde(default)]
     pub(super) had: Vec<PortRule>,
+    /// It begins in this memory instead of booting.
+    #[serde(default)]
+    pub(super) memory: Option<Memory>,
+    /// It was to begin in a saved memory: why it boots instead.
+    #[serde(default)]
+    pub(super) cold: String,
+    /// Its image is that of a suspended VM: it must be given an identity of its own.
+    #[serde(default)]
+    pub(super) cloned: bool,
+}
+
+/// A saved memory that fits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Memory {
+    pub(super) file: PathBuf,
+    /// Its length.
+    pub(super) bytes: u64,
+    /// BLAKE3 of it, hex.
+    pub(super) digest: String,
 }
 
 impl Spec {
@@ -57,7 +77,15 @@ impl Spec {
             created_ms: now_ms(),
             ran: false,
             had: Vec::new(),
+            memory: None,
+            cold: String::new(),
+            cloned: spec.saved.is_some(),
         }
+    }
+
+    /// Its guest is still to come to life in a saved memory.
+    pub(super) fn awaits(&self, run: &Run) -> bool {
+        self.memory.is_some() && !run.resumed
     }
 }
 
@@ -71,6 +99,12 @@ pub(super) struct Run {
     pub(super) forwards: Vec<PortRule>,
     /// The guest's address, once it had one.
     pub(super) ip: String,
+    /// Its guest has come to life in a saved memory, and has an identity of its own.
+    #[serde(default)]
+    pub(super) resumed: bool,
+    /// It was given an identity of its own.
+    #[serde(default)]
+    pub(super) renewed: bool,
 }
 
 impl Run {
@@ -81,6 +115,17 @@ impl Run {
             accelerator,
             forwards,
             ip: String::new(),
+            resumed: false,
+            renewed: false,
+        }
+    }
+
+    /// What it runs on and, for the image of a suspended VM, how it began.
+    pub(super) fn how(&self, spec: &Spec) -> String {
+        match spec.cold.as_str() {
+            _ if self.resumed => format!("{}, resumed", self.accelerator),
+            "" => self.accelerator.clone(),
+            why => format!("{}, booted cold: {why}", self.accelerator),
         }
     }
 }
@@ -139,6 +184,19 @@ impl VmDir {
 
     pub(super) fn set_run(&self, run: &Run) -> Result<(), DriverError> {
         write(&self.file("run.json"), run).map_err(|e| self.error("keep the state", &e))
+    }
+
+    /// From here on it is a VM that never ran, durably.
+    pub(super) fn forget_run(&self) -> Result<(), DriverError> {
+        let forget = || match std::fs::remove_file(self.file("run.json")) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+            _ => std::fs::File::open(self.path())?.sync_all(),
+        };
+        forget().map_err(|e| self.error("forget the start", &e))
+    }
+
+    pub(super) fn set_spec(&self, spec: &Spec) -> Result<(), DriverError> {
+        write(&self.file("spec.json"), spec).map_err(|e| self.error("keep what it is", &e))
     }
 
     /// A new generation of the VM that is to be started again. Its end is durable before what was known of

@@ -3,7 +3,7 @@
 
 use super::super::{DriverError, OUTPUT_KEPT, kept_output, now_ms};
 use super::qga::{self, Qga, QgaError};
-use super::{QemuDriver, Vm, lifecycle};
+use super::{QemuDriver, Vm, lifecycle, renew};
 use crate::wire::{Script, ScriptResult, VmFacts};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -20,8 +20,6 @@ const LIVES_EVERY: Duration = Duration::from_millis(500);
 const AWAY_MAX: Duration = Duration::from_secs(60);
 /// A script's time where none is given.
 const SCRIPT_DEFAULT: Duration = Duration::from_secs(30);
-/// Bytes of entropy for a new guest.
-const ENTROPY: usize = 64;
 
 /// Runs its input as a program of its own, in a session of its own (so that all of it can be killed),
 /// with nothing to read: a script that reads its standard input must not read itself.
@@ -36,16 +34,27 @@ const SESSION: &str = r#"command -v setsid >/dev/null 2>&1 && exec setsid /bin/s
 exec /bin/sh -c "$0""#;
 
 impl QemuDriver {
-    /// Until the guest answers. The caller bounds it.
+    /// Until the guest answers; `fresh`: it has just come to life in a saved memory. The caller bounds it.
     pub(super) async fn wait_ready(
         &self,
         vm: &Arc<Vm>,
+        fresh: bool,
         need_network: bool,
     ) -> Result<VmFacts, DriverError> {
-        self.wait_agent(vm).await?;
-        self.freshen(vm).await?;
+        if !fresh {
+            self.wait_agent(vm).await?;
+            self.freshen(vm).await?;
+        }
         let spec = vm.dir.spec()?.ok_or_else(|| gone(vm))?;
         let mut run = vm.dir.run()?.ok_or_else(|| gone(vm))?;
+        if spec.cloned && !run.renewed {
+            // It booted, so that its randomness is its own in any case.
+            if let Err(why) = self.renew(vm, &spec).await {
+                tracing::warn!(vm = %vm.dir.id, why, "a clone keeps its image's identity");
+            }
+            run.renewed = true;
+            vm.dir.set_run(&run)?;
+        }
         if need_network {
             let mut pause = ASK.0;
             let ip = loop {
@@ -72,7 +81,7 @@ impl QemuDriver {
     }
 
     /// Until the guest has its port open and is in step.
-    async fn wait_agent(&self, vm: &Arc<Vm>) -> Result<(), DriverError> {
+    pub(super) async fn wait_agent(&self, vm: &Arc<Vm>) -> Result<(), DriverError> {
         loop {
             self.check_lives(vm).await?;
             let Ok(qmp) = self.qmp(vm).await else {
@@ -119,10 +128,7 @@ impl QemuDriver {
 
     /// Fresh randomness (clones of one image must not share it) and the node's time.
     async fn freshen(&self, vm: &Arc<Vm>) -> Result<(), DriverError> {
-        let entropy: Vec<u8> = (0..ENTROPY / 16)
-            .flat_map(|_| uuid::Uuid::new_v4().into_bytes())
-            .collect();
-        let entropy = STANDARD.encode(entropy);
+        let entropy = STANDARD.encode(renew::entropy());
         let ours = self
             .ask(vm, "guest-mainstay-reseed", json!({ "entropy": entropy }))
             .await;
@@ -139,7 +145,12 @@ impl QemuDriver {
     }
 
     /// One question to the guest agent, on a connection that is made if there is none.
-    async fn ask(&self, vm: &Arc<Vm>, name: &str, args: Value) -> Result<Value, QgaError> {
+    pub(super) async fn ask(
+        &self,
+        vm: &Arc<Vm>,
+        name: &str,
+        args: Value,
+    ) -> Result<Value, QgaError> {
         let mut slot = vm.qga.lock().await;
         // Taken out: if this future is dropped half way, so is the connection, which is then out of step.
         let mut qga = match slot.take() {
@@ -213,7 +224,7 @@ impl QemuDriver {
     }
 
     /// The last `guest-exec-status` of a program, or `None` at the deadline.
-    async fn wait_exec(
+    pub(super) async fn wait_exec(
         &self,
         vm: &Arc<Vm>,
         pid: u64,
@@ -283,7 +294,7 @@ fn result(status: &Value, did_timeout: bool) -> ScriptResult {
     }
 }
 
-fn output(data: &Value) -> String {
+pub(super) fn output(data: &Value) -> String {
     let bytes = STANDARD
         .decode(data.as_str().unwrap_or_default())
         .unwrap_or_default();

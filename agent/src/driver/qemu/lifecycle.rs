@@ -3,7 +3,7 @@
 
 use super::super::{DriverError, VmSeen, VmSpec};
 use super::dir::{Run, Spec};
-use super::{QemuDriver, Vm, process};
+use super::{QemuDriver, Vm, machine, process};
 use crate::wire::VmFacts;
 use rustix::process::Pid;
 use serde_json::json;
@@ -40,6 +40,10 @@ impl QemuDriver {
                 if let Some(seen) = self.look(vm, &spec, run, pid).await? {
                     return Ok(seen.facts);
                 }
+                if spec.memory.is_some() {
+                    // Its guest may have come to life and written: then disk and memory differ.
+                    self.renew_overlay(vm, &spec).await?;
+                }
                 spec
             }
             None => self.make(vm, wanted).await?,
@@ -71,7 +75,9 @@ impl QemuDriver {
         *vm.qga.lock().await = None;
         spec.generation = generation;
         spec.ran = true;
+        spec.memory = None;
         if let Some(run) = run {
+            spec.cloned &= !run.renewed;
             spec.had = run.forwards;
         }
         vm.dir.set_again(&spec)?;
@@ -85,9 +91,29 @@ impl QemuDriver {
             .check_base(&wanted.base, &wanted.base_format)
             .await?;
         let or = |value, default| if value == 0 { default } else { value };
-        let vcpu = or(wanted.vcpu, self.config.vcpu_default);
-        let ram_mb = or(wanted.ram_mb, self.config.ram_mb_default);
-        let spec = Spec::new(wanted, &self.tools.machine, vcpu, ram_mb);
+        let pinned = match &wanted.saved {
+            Some(saved) => Some(machine::read(&saved.machine).await),
+            None => None,
+        };
+        let had = pinned.as_ref().and_then(|read| read.as_ref().ok());
+        let vcpu = or(
+            wanted.vcpu,
+            had.map_or(self.config.vcpu_default, |m| m.vcpu),
+        );
+        let ram_mb = or(
+            wanted.ram_mb,
+            had.map_or(self.config.ram_mb_default, |m| m.ram_mb),
+        );
+        let mut spec = Spec::new(wanted, &self.tools.machine, vcpu, ram_mb);
+        if let (Some(saved), Some(pinned)) = (&wanted.saved, pinned) {
+            match pinned.and_then(|pinned| self.fitting(saved, &pinned, &spec)) {
+                Ok(memory) => spec.memory = Some(memory),
+                Err(why) => {
+                    tracing::warn!(vm = %spec.id, why, "the saved memory cannot be used; booting cold");
+                    spec.cold = why;
+                }
+            }
+        }
         let making = vm.dir.begin()?;
         let overlay = making.join("overlay.qcow2");
         self.tools
@@ -105,10 +131,17 @@ impl QemuDriver {
         // In this order: a process that ends after the look at it leaves its last state to be seen.
         let pid = vm.process()?;
         let run = vm.dir.run()?;
-        if run.is_none() {
+        if run
+            .as_ref()
+            .is_none_or(|run| pid.is_none() && spec.awaits(run))
+        {
             // Being started now, or its start was interrupted. In the latter case either QEMU came
             // to be and is adopted, or nothing ever ran here and nothing is lost.
             let Ok(_lock) = vm.lifecycle.try_lock() else {
+                if spec.cloned && !spec.ran {
+                    let run = Run::new(self.acceleration.label(), Vec::new());
+                    return Ok(Some(seen(&spec, &run, "running", String::new())));
+                }
                 return Ok(spec.ran.then(|| self.between(&spec, "being restarted")));
             };
             let pid = vm.process()?;
@@ -132,6 +165,7 @@ impl QemuDriver {
         pid: Option<Pid>,
     ) -> Result<Option<VmSeen>, DriverError> {
         let run = match (run, pid) {
+            (Some(run), None) if spec.awaits(&run) => return Ok(None),
             (Some(run), _) => run,
             (None, Some(_)) => match self.started(vm, spec).await {
                 Ok(run) => run,
@@ -147,6 +181,8 @@ impl QemuDriver {
             (None, None) => return Ok(None),
         };
         let (status, message) = match pid {
+            // What becomes of it is decided by whoever waits for it to be ready.
+            Some(_) if spec.awaits(&run) => ("running", String::new()),
             Some(_) => self.status_of_running(vm).await,
             None => self.status_of_ended(vm).await,
         };
@@ -170,7 +206,7 @@ impl QemuDriver {
             }
             Ok("suspended") => ("suspended", "the guest sleeps".into()),
             Ok("shutdown") => ("stopped", "the guest shut down".into()),
-            Ok("paused") => ("suspended", "the VM is paused".into()),
+            Ok("paused" | "postmigrate") => ("suspended", "the VM is paused".into()),
             // `internal-error` is how a guest dies inside KVM; QEMU goes on without it.
             Ok(other) => ("failed", format!("QEMU has stopped the VM: {other}")),
             Err(_) if matches!(vm.process(), Ok(None)) => self.status_of_ended(vm).await,
@@ -228,7 +264,7 @@ impl QemuDriver {
     }
 
     /// End QEMU, whatever the guest thinks of it.
-    async fn force(&self, vm: &Arc<Vm>) -> Result<(), DriverError> {
+    pub(super) async fn force(&self, vm: &Arc<Vm>) -> Result<(), DriverError> {
         let pidfile = vm.dir.pidfile();
         let Some(pid) = vm.process()? else {
             return Ok(());
@@ -312,6 +348,6 @@ pub(super) fn facts(spec: &Spec, run: &Run, status: &str) -> VmFacts {
         vnc_port: 0,
         created_ms: spec.created_ms,
         started_ms: run.started_ms,
-        accelerator: run.accelerator.clone(),
+        accelerator: run.how(spec),
     }
 }

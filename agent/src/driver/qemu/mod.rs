@@ -13,6 +13,8 @@
 //! * `tools`: the installed QEMU; base disks and overlays. `args`: its command line. `launch`: its start.
 //! * `dir`: the folder. `process`: is it alive, end it.
 //! * `qmp`: talks to QEMU. `qga`: talks to the guest. `guest`: what we want of the guest.
+//! * `suspend`: memories written and brought to life again. `machine`: what one belongs to. `renew`: a clone's
+//!   own identity.
 
 pub mod accel;
 mod args;
@@ -20,12 +22,15 @@ mod dir;
 mod guest;
 mod launch;
 mod lifecycle;
+mod machine;
 mod process;
 mod qga;
 mod qmp;
+mod renew;
+mod suspend;
 mod tools;
 
-use super::{Driver, DriverError, VmSeen, VmSpec, check_id};
+use super::{Driver, DriverError, Suspended, VmSeen, VmSpec, check_id};
 use crate::wire::{Script, ScriptResult, VmFacts};
 use accel::{Accel, Acceleration};
 use async_trait::async_trait;
@@ -34,7 +39,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,6 +92,8 @@ pub struct QemuDriver {
     tools: tools::Tools,
     acceleration: Acceleration,
     vms: Mutex<HashMap<String, Arc<Vm>>>,
+    /// Saved memories that are what they should be.
+    checked: machine::Checked,
 }
 
 /// What this process holds of one VM: only connections and their locks, all of which can be made again.
@@ -116,6 +123,7 @@ impl QemuDriver {
             tools,
             acceleration,
             vms: Mutex::default(),
+            checked: machine::Checked::default(),
         })
     }
 
@@ -200,7 +208,9 @@ impl Driver for QemuDriver {
 
     async fn ready(&self, id: &str, need_network: bool) -> Result<VmFacts, DriverError> {
         let vm = self.vm(id)?;
-        let wait = self.wait_ready(&vm, need_network);
+        // Has its own bounds; a boot that comes of it shall have all the time of a boot.
+        let fresh = self.settle(&vm).await?;
+        let wait = self.wait_ready(&vm, fresh, need_network);
         match tokio::time::timeout(self.config.ready_max, wait).await {
             Ok(done) => done,
             Err(_) => Err(DriverError::Failed(format!(
@@ -220,6 +230,17 @@ impl Driver for QemuDriver {
         let vm = self.vm(id)?;
         let _lock = vm.lifecycle.lock().await;
         self.restart_locked(&vm, generation).await
+    }
+
+    async fn suspend(&self, id: &str, into: &Path) -> Result<Suspended, DriverError> {
+        let vm = self.vm(id)?;
+        let lock = vm.lifecycle.lock().await;
+        let done = self.suspend_locked(&vm, into).await;
+        drop(lock);
+        if !vm.dir.exists() {
+            self.forget(id);
+        }
+        done
     }
 
     async fn stop(&self, id: &str) -> Result<(), DriverError> {

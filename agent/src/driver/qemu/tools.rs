@@ -12,6 +12,8 @@ use tokio::process::Command;
 pub(super) const INSTALL: &str =
     "run deploy/install-deps.sh, or: apt-get install qemu-system-x86 qemu-utils";
 const TOOL_MAX: Duration = Duration::from_secs(60);
+/// A large disk on a slow one.
+const FLATTEN_MAX: Duration = Duration::from_secs(3 * 3600);
 
 /// What was found.
 #[derive(Clone, Debug)]
@@ -86,6 +88,18 @@ impl Tools {
             .arg(overlay);
         output(&mut create).await.map(drop)
     }
+
+    /// A disk like `overlay` on its base, in a file of its own. No process may write to it. Durable.
+    pub(super) async fn flatten(&self, overlay: &Path, to: &Path) -> Result<(), DriverError> {
+        let mut convert = Command::new(&self.img);
+        convert
+            .args(["convert", "-f", "qcow2", "-O", "qcow2"])
+            .arg(overlay)
+            .arg(to);
+        output_within(&mut convert, FLATTEN_MAX).await?;
+        let synced = std::fs::File::open(to).and_then(|file| file.sync_all());
+        synced.map_err(|e| DriverError::Busy(format!("cannot write {}: {e}", to.display())))
+    }
 }
 
 fn refuse_references(info: &str) -> Result<(), String> {
@@ -123,13 +137,17 @@ fn on_path(name: &str) -> Result<PathBuf, DriverError> {
 
 /// Standard output of a short command, or what it complained about.
 pub(super) async fn output(command: &mut Command) -> Result<String, DriverError> {
+    output_within(command, TOOL_MAX).await
+}
+
+async fn output_within(command: &mut Command, limit: Duration) -> Result<String, DriverError> {
     let name = command
         .as_std()
         .get_program()
         .to_string_lossy()
         .into_owned();
     command.stdin(Stdio::null()).kill_on_drop(true);
-    let ended = tokio::time::timeout(TOOL_MAX, command.output())
+    let ended = tokio::time::timeout(limit, command.output())
         .await
         .map_err(|_| DriverError::Busy(format!("{name} does not end")))?
         .map_err(|e| DriverError::Busy(format!("cannot run {name}: {e}")))?;
