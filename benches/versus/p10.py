@@ -76,6 +76,7 @@ with Lab() as lab, Steal():
     cluster.cli("template", "push", "guest", "--tag", "suspended", "--disk", disk, "--suspend", "--accel", "tcg")
     [template] = [t["id"] for t in rest(cluster, "GET", "/api/v1/registry/vm") if t["name"] == "guest"]
     lab.spawn("node", [BIN, "node", "join", cluster.endpoints, "--name", "node1", "--driver", "qemu", "--accel", "tcg",
+                       "--reserve-space", "100M",
                        "--data-dir", os.path.join(lab.dir, "node")])
     for tag in ("v1", "suspended"):
         instance(cluster, template, tag)  # fills the image cache
