@@ -1,7 +1,7 @@
 //! The only clock and the only source of ids in the controller. Everything replicated is stamped here.
 
 use mainstay_model::pace::Pace;
-use mainstay_model::{CommandId, InstanceId, TemplateId};
+use mainstay_model::{CommandId, InstanceId, SaveId, TemplateId};
 use parking_lot::Mutex;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -50,6 +50,11 @@ pub fn instance_id() -> InstanceId {
 /// A fresh template id.
 pub fn template_id() -> TemplateId {
     TemplateId::from(uuid::Uuid::new_v4().to_string())
+}
+
+/// A fresh id of a save.
+pub fn save_id() -> SaveId {
+    SaveId::from(uuid::Uuid::new_v4().to_string())
 }
 
 /// A fresh member id: random and nonzero.

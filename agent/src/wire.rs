@@ -93,6 +93,8 @@ pub struct DesiredInstance {
     /// With `run`: the VM that is there is ended and started again on its disk, once at this generation.
     /// `keep` is set as well, for agents that know no `restart`.
     pub restart: bool,
+    /// With `run`: the VM is to be saved as a tag. `keep` is set as well, for agents that know no `save`.
+    pub save: Option<SaveOrder>,
     /// From what.
     pub image: ImageRef,
     /// VM name.
@@ -105,6 +107,26 @@ pub struct DesiredInstance {
     pub script: Option<Script>,
     /// Ports.
     pub forwards: Vec<PortRule>,
+}
+
+/// Save a VM's disk as a tag: run a script in it, stop it, push what its disk is. Once for each id.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SaveOrder {
+    /// Which save.
+    pub id: String,
+    /// The controller knows that this node knows of it: only now it may begin.
+    pub go: bool,
+    /// Run in the guest first; its end is waited for.
+    pub script: Option<Script>,
+    /// The controller knows how the script ended: it need not be told again.
+    pub script_known: bool,
+    /// A script that does not end with 0 ends the save, and the VM runs on.
+    pub cancel_on_script_failure: bool,
+    /// Name of the template that the tag goes to: for its quota, and for messages.
+    pub template: String,
+    /// Name of the tag, for messages.
+    pub tag: String,
 }
 
 /// Names the bytes of a disk.
@@ -202,6 +224,26 @@ pub struct Observed {
     pub vm: Option<VmFacts>,
     /// Monitored script's result.
     pub script: Option<ScriptResult>,
+    /// How far the save is that was asked for.
+    pub save: Option<SaveSeen>,
+}
+
+/// How far a save is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SaveSeen {
+    /// Which.
+    pub id: String,
+    /// `begun`, `pushed` (the tag is visible), `failed`.
+    pub phase: String,
+    /// Why it failed.
+    pub message: String,
+    /// It failed after the VM was stopped for it.
+    pub stopped: bool,
+    /// How its script ended, until the controller knows. Last 1 MiB at most of each output.
+    pub script: Option<ScriptResult>,
+    /// Part of the disk that is pushed, 0..1.
+    pub progress: f32,
 }
 
 /// A VM as its driver sees it.

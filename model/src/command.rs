@@ -4,10 +4,12 @@
 use crate::artifact::ArtifactContent;
 use crate::group::Group;
 use crate::ids::{
-    CommandId, Digest, DistributionId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId,
+    CommandId, Digest, DistributionId, GroupId, InstanceId, MemberId, NodeId, SaveId, Sha256,
+    TemplateId,
 };
 use crate::instance::{Observation, StartRequest, Value};
 use crate::node::{NodeConfig, NodeSpec};
+use crate::save::{SaveReport, SaveRequest, SavedDisk};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -299,6 +301,36 @@ pub enum Command {
         /// These nodes; all when empty.
         nodes: Vec<NodeId>,
     },
+    /// Save a started instance as a tag. The same request again while it is open is part of it.
+    SaveInstance {
+        /// Made by the proposer.
+        id: SaveId,
+        /// What and where to.
+        request: Box<SaveRequest>,
+    },
+    /// What a node says of the saves that it works on, where it is news. About saves that are not open, or
+    /// another node's, it changes nothing.
+    ReportSaves {
+        /// Reporter.
+        node: NodeId,
+        /// Those with news only.
+        reports: Vec<SaveReport>,
+    },
+    /// Make the tag of an open save from bytes that a member holds. Another try, also through another
+    /// member, with the same bytes is the same tag.
+    PublishSaved {
+        /// Which bytes, and where they are.
+        disk: Box<SavedDisk>,
+    },
+    /// Forget saves that ended long ago, and fail those that no node has begun (both checked again here).
+    ExpireSaves {
+        /// Candidates.
+        ids: Vec<SaveId>,
+        /// How long an ended save stays visible, in ms.
+        retention_ms: u64,
+        /// Within which a node must know of it, in ms.
+        begin_ms: u64,
+    },
 }
 
 /// A tag or an artifact.
@@ -308,6 +340,8 @@ pub enum Addition {
     Tag(Box<TagPush>),
     /// See [`Command::PutArtifact`].
     Artifact(Box<ArtifactPut>),
+    /// See [`Command::PublishSaved`].
+    Saved(Box<SavedDisk>),
 }
 
 impl Addition {
@@ -316,6 +350,7 @@ impl Addition {
         match self {
             Self::Tag(push) => &push.template,
             Self::Artifact(put) => &put.repository,
+            Self::Saved(disk) => &disk.template,
         }
     }
 
@@ -324,6 +359,7 @@ impl Addition {
         match self {
             Self::Tag(push) => Self::publish(*push),
             Self::Artifact(put) => Command::PutArtifact { put },
+            Self::Saved(disk) => Command::PublishSaved { disk },
         }
     }
 

@@ -17,11 +17,12 @@
 //! | 11 | `Distribute`, `CancelDistribution`, `ExpireDistributions` |
 //! | 12 | `EvictImages` |
 //! | 13 | tags with the memory of a suspended VM: what a tag is made of names it |
+//! | 14 | `SaveInstance` and what follows from it: instances are saved as tags |
 
-use crate::command::Command;
+use crate::command::{Addition, Command};
 
 /// The highest level that this release applies.
-pub const SUPPORTED: u32 = 13;
+pub const SUPPORTED: u32 = 14;
 /// From which on remembered commands are stored in blocks.
 pub const RECENT_BLOCKS: u32 = 3;
 /// At which they move there little by little.
@@ -53,6 +54,8 @@ pub const RESTART: u32 = 10;
 pub const DISTRIBUTE: u32 = 11;
 /// At which nodes may be asked to drop images.
 pub const EVICT: u32 = 12;
+/// At which instances may be saved as tags.
+pub const SAVE: u32 = 14;
 
 impl Command {
     /// The level at which a member may log this command. `SetFeatures` needs none: who proposes it
@@ -65,6 +68,14 @@ impl Command {
             | Self::DeleteArtifact { .. }
             | Self::DeleteArtifactTag { .. } => ARTIFACTS,
             Self::DescribeTag { .. } | Self::NotePulls { .. } | Self::SetQuota { .. } => TAG_NOTES,
+            Self::SaveInstance { .. }
+            | Self::ReportSaves { .. }
+            | Self::PublishSaved { .. }
+            | Self::ExpireSaves { .. }
+            | Self::AddWithin {
+                what: Addition::Saved(_),
+                ..
+            } => SAVE,
             Self::AddWithin { .. } => ADD_WITHIN,
             Self::RestartInstance { .. } => RESTART,
             Self::Distribute { .. }

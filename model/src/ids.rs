@@ -41,6 +41,7 @@ text_id!(/** A machine that runs the agent: a UUID in text form, kept by the age
 text_id!(/** A named image: a UUID in text form. */ TemplateId);
 text_id!(/** A node group. */ GroupId);
 text_id!(/** A request that nodes fetch an image: a UUID in text form. */ DistributionId);
+text_id!(/** A request to save an instance as a tag: a UUID in text form. */ SaveId);
 
 /// A controller in the Raft group; random, made when its data directory is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 ///
 /// ```text
 /// Scheduling -> Pulling -> Started <-> Stopping (restart) <-> Stopped
-///      \___________\_________\____________\__________________\___ Error
+///      \           \         \ \____ Pushing (save), then Terminating, Started or Stopping
+///       \___________\_________\____________\__________________\___ Error
 ///                 any live state -> Terminating -> Terminated -> (forgotten)
 /// ```
 /// An instance that never had a VM goes from Terminating straight to forgotten.
@@ -26,7 +27,7 @@ pub enum InstanceState {
     Stopping,
     /// VM exists, does not run.
     Stopped,
-    /// Save-image in progress.
+    /// Being saved as a tag: see [`crate::save`].
     Pushing,
     /// Failed; `message` says why.
     Error,
@@ -193,6 +194,8 @@ pub enum Wanted {
     Keep,
     /// End the VM and start it again on its disk, once at this generation.
     Restart,
+    /// Save it as a tag, once for each save; then leave it as it is.
+    Save,
     /// Destroy it and report `Gone`.
     Gone,
 }
@@ -223,9 +226,12 @@ impl Instance {
     }
     /// What its node shall do.
     pub fn wanted(&self) -> Wanted {
-        use InstanceState::{Pulling, Scheduling, Started, Stopping, Terminated, Terminating};
+        use InstanceState::{
+            Pulling, Pushing, Scheduling, Started, Stopping, Terminated, Terminating,
+        };
         match self.state {
             Stopping => Wanted::Restart,
+            Pushing => Wanted::Save,
             Scheduling | Pulling | Started => Wanted::Run,
             Terminating | Terminated => Wanted::Gone,
             _ => Wanted::Keep,

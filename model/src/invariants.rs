@@ -7,6 +7,7 @@ use crate::distribution::Delivery;
 use crate::ids::NodeId;
 use crate::instance::{Instance, InstanceState};
 use crate::limits;
+use crate::save::Save;
 use crate::state::{Owned, State};
 use crate::template::{Tag, Template};
 use std::collections::BTreeMap;
@@ -39,6 +40,10 @@ pub fn check(state: &State) -> Result<(), String> {
         ensure(state.instances.get(id).is_none_or(fits), || {
             format!("instance {id}: does not fit what is left of it")
         })?;
+    }
+    for (id, save) in &state.saves {
+        ensure(id == &save.id, || format!("save {id}: other id"))?;
+        check_save(state, save).map_err(|e| format!("save {id}: {e}"))?;
     }
     for (id, group) in &state.groups {
         ensure(id == &group.id, || format!("group {id}: other id"))?;
@@ -83,7 +88,13 @@ pub fn check(state: &State) -> Result<(), String> {
             format!("template {id}: a pull of tag {number}, which is not there")
         })?;
     }
-    Ok(())
+    ensure(state.saves.len() <= limits::SAVES, || {
+        "too many saves".into()
+    })?;
+    let bytes = state.saves_bytes();
+    ensure(bytes <= limits::SAVES_BYTES, || {
+        format!("saves of {bytes} bytes")
+    })
 }
 
 /// Check one step: what no command may do.
@@ -125,6 +136,13 @@ pub fn check_step(before: &State, after: &State) -> Result<(), String> {
     for (name, old) in &before.repositories {
         if let Some(new) = after.repositories.get(name) {
             check_repository_step(old, new).map_err(|e| format!("repository {name}: {e}"))?;
+        }
+    }
+    for (id, old) in &before.saves {
+        if let Some(new) = after.saves.get(id) {
+            check_save_step(old, new).map_err(|e| format!("save {id}: {e}"))?;
+        } else {
+            ensure(!old.open(), || format!("save {id}: forgotten while open"))?;
         }
     }
     check_journal(before, after)
@@ -198,6 +216,10 @@ fn check_instance(state: &State, i: &Instance) -> Result<(), String> {
         i.updated_ms <= state.clock_ms && i.created_ms <= i.updated_ms,
         || say("times out of order"),
     )?;
+    let saved = state.save_of(&i.id).is_some();
+    ensure(saved == (i.state == Pushing), || {
+        say("being saved does not fit its state")
+    })?;
     ensure(i.rejections.len() <= limits::REJECTIONS, || {
         say("too many rejections")
     })?;
@@ -207,6 +229,24 @@ fn check_instance(state: &State, i: &Instance) -> Result<(), String> {
         ensure(tag.is_some(), || say("waits with a tag that is gone"))?;
     }
     Ok(())
+}
+
+/// An open save and an instance that is `Pushing` belong together.
+fn check_save(state: &State, save: &Save) -> Result<(), String> {
+    let say = |s: &str| s.to_owned();
+    let instance = state.instances.get(&save.request.instance);
+    let pushing =
+        |i: &Instance| i.state == InstanceState::Pushing && i.node.as_ref() == Some(&save.node);
+    ensure(!save.open() || instance.is_some_and(pushing), || {
+        say("is open and its instance is not being saved")
+    })?;
+    ensure(save.open() || save.request.script.is_empty(), || {
+        say("has ended and keeps its script")
+    })?;
+    ensure(
+        save.end.as_ref().is_none_or(|e| e.at_ms <= state.clock_ms),
+        || say("ends in the future"),
+    )
 }
 
 fn check_template(template: &Template) -> Result<(), String> {
@@ -305,6 +345,19 @@ fn check_instance_step(old: &Instance, new: &Instance) -> Result<(), String> {
     ensure(
         new.tag_number == old.tag_number && new.tag == old.tag,
         || say("tag changed"),
+    )
+}
+
+fn check_save_step(old: &Save, new: &Save) -> Result<(), String> {
+    let say = |s: &str| s.to_owned();
+    ensure(old.open() || old == new, || say("changed after its end"))?;
+    ensure(
+        old.published.is_none() || old.published == new.published,
+        || say("became another tag"),
+    )?;
+    ensure(
+        old.script_result.is_none() || old.script_result == new.script_result,
+        || say("its script ended twice"),
     )
 }
 

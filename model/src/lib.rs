@@ -24,6 +24,7 @@ pub mod node;
 pub mod outcome;
 pub mod pace;
 pub mod plan;
+pub mod save;
 #[cfg(feature = "seeded-bugs")]
 pub mod seeded;
 pub mod state;
@@ -31,7 +32,7 @@ pub mod template;
 
 pub use command::{Command, Envelope};
 pub use ids::{
-    CommandId, DistributionId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId,
+    CommandId, DistributionId, GroupId, InstanceId, MemberId, NodeId, SaveId, Sha256, TemplateId,
 };
 pub use outcome::{Outcome, Refusal};
 pub use state::State;

@@ -12,6 +12,14 @@ pub const SCRIPT_BYTES: usize = 1 << 20;
 pub const SCRIPT_BYTES_PER_REQUEST: usize = 64 << 20;
 /// Kept end of a monitored script's stdout, and of its stderr.
 pub const SCRIPT_OUTPUT_BYTES: usize = 64 << 10;
+/// Kept end of the stdout of a script that ran before a save, and of its stderr: what users of the
+/// reference system are used to.
+pub const SAVE_OUTPUT_BYTES: usize = 1 << 20;
+/// Saves known at once, ended ones included; the longest ended is forgotten for a new one.
+pub const SAVES: usize = 1_000;
+/// Scripts of open saves and outputs of all, by [`crate::save::Save::weight`]: what they add to every
+/// snapshot. The longest ended are forgotten for new ones.
+pub const SAVES_BYTES: usize = 64 << 20;
 /// Ids: UUIDs have 36 bytes.
 pub const ID_BYTES: usize = 64;
 /// Names of templates, tags, instances, nodes, groups.

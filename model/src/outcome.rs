@@ -1,6 +1,6 @@
 //! What applying a command answers. A refusal is data: it is replayed like success.
 
-use crate::ids::{GroupId, InstanceId, NodeId, Sha256, TemplateId};
+use crate::ids::{GroupId, InstanceId, NodeId, SaveId, Sha256, TemplateId};
 use serde::{Deserialize, Serialize};
 
 /// The answer to one command; the same on every member and for every retry.
@@ -27,6 +27,8 @@ pub enum Outcome {
     Refused(Refusal),
     /// These nodes were asked.
     Asked(Vec<NodeId>),
+    /// An instance is being saved, by this request.
+    Saving(SaveId),
 }
 
 /// Why a command changed nothing.

@@ -7,11 +7,14 @@ use mainstay_agent::wire;
 use mainstay_model::instance::{Instance, Script, ScriptFailure, Wanted};
 use mainstay_model::node::Node;
 use mainstay_model::plan::{self, Shall};
+use mainstay_model::save::{Save, SaveTarget};
 use mainstay_model::{NodeId, State, TemplateId};
 use std::collections::BTreeSet;
 
 /// Clients recognise VMs of the controller by this prefix.
 const NAME_PREFIX: &str = "mgmtManaged-";
+/// How long the script before a save may take; clients let it sleep for a minute and more.
+const SAVE_SCRIPT_S: u32 = 1_800;
 
 /// `None`: no such node.
 pub(super) fn desired_set(state: &State, id: &NodeId) -> Option<wire::DesiredSet> {
@@ -41,12 +44,15 @@ fn wish(state: &State, node: &Node, shall: &Shall<'_>) -> wire::DesiredInstance 
         id: shall.id.to_string(),
         generation: shall.generation,
         run: shall.wanted != Wanted::Gone,
-        // An agent that knows no restart leaves the VM alone: any other word would cost its disk.
-        keep: matches!(shall.wanted, Wanted::Keep | Wanted::Restart),
+        // An agent that knows no restart, or no save, leaves the VM alone: any other word would cost its disk.
+        keep: matches!(shall.wanted, Wanted::Keep | Wanted::Restart | Wanted::Save),
         restart: shall.wanted == Wanted::Restart,
         ..wire::DesiredInstance::default()
     };
-    let named = matches!(shall.wanted, Wanted::Run | Wanted::Restart);
+    if shall.wanted == Wanted::Save {
+        wish.save = state.save_of(shall.id).map(|save| order(state, save));
+    }
+    let named = matches!(shall.wanted, Wanted::Run | Wanted::Restart | Wanted::Save);
     let Some(instance) = shall.instance.filter(|_| named) else {
         return wish;
     };
@@ -77,6 +83,29 @@ fn image_ref(state: &State, id: &TemplateId, tag: &str, number: u32) -> wire::Im
         tag: tag.to_owned(),
         number,
         manifest: content.map_or_else(String::new, |c| c.manifest.to_string()),
+    }
+}
+
+fn order(state: &State, save: &Save) -> wire::SaveOrder {
+    let request = &save.request;
+    let template = match &request.target {
+        SaveTarget::Template(id) => state.templates.get(id).map(|t| t.name.clone()),
+        SaveTarget::New { name, .. } => Some(name.clone()),
+    };
+    wire::SaveOrder {
+        id: save.id.to_string(),
+        go: save.begun_ms.is_some(),
+        script: (!request.script.is_empty()).then(|| wire::Script {
+            body: STANDARD.encode(&request.script),
+            monitored: true,
+            timeout_s: SAVE_SCRIPT_S,
+            ..wire::Script::default()
+        }),
+        script_known: save.script_result.is_some(),
+        cancel_on_script_failure: request.cancel_on_script_failure,
+        // Deleted meanwhile: then the push is refused, and says so.
+        template: template.unwrap_or_else(|| "deleted".to_owned()),
+        tag: request.tag.clone(),
     }
 }
 

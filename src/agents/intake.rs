@@ -10,10 +10,11 @@ use mainstay_model::instance::Observation;
 use mainstay_model::limits::{BATCH, NODE_IMAGES};
 use mainstay_model::{Command, NodeId, State, TemplateId, plan};
 use parking_lot::Mutex;
+use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// Most encoded bytes of observations in one command: half of what the log takes. One observation
+/// Most encoded bytes of observations, or of what is said of saves, in one command: half of what the log takes. One observation
 /// is far smaller, for its texts are cut before.
 pub(super) const OBSERVE_BYTES: usize = 4 << 20;
 
@@ -87,6 +88,16 @@ pub(super) fn commands(state: &State, report: &Report) -> Vec<Command> {
         node: id.clone(),
         changes,
     }));
+    let saves = report.observed.iter().filter_map(translate::save_report);
+    let saves = saves.filter(|said| plan::is_save_news(state, &id, said));
+    commands.extend(
+        split(saves.take(BATCH).collect())
+            .into_iter()
+            .map(|reports| Command::ReportSaves {
+                node: id.clone(),
+                reports,
+            }),
+    );
     let images = images(&report.images);
     if images != node.images {
         let images = images.into_iter().collect();
@@ -96,8 +107,8 @@ pub(super) fn commands(state: &State, report: &Report) -> Vec<Command> {
 }
 
 /// In order, into parts that the log takes.
-fn split(changes: Vec<Observation>) -> Vec<Vec<Observation>> {
-    let mut parts: Vec<Vec<Observation>> = Vec::new();
+fn split<T: Serialize>(changes: Vec<T>) -> Vec<Vec<T>> {
+    let mut parts: Vec<Vec<T>> = Vec::new();
     let mut size = OBSERVE_BYTES;
     for seen in changes {
         let more = encoded_len(&seen);

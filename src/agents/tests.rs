@@ -2,13 +2,14 @@
 
 use super::desired::desired_set;
 use super::intake::{OBSERVE_BYTES, commands};
-use mainstay_agent::wire::{ImageRef, Observed, Report, ScriptResult, VmFacts};
+use mainstay_agent::wire::{ImageRef, Observed, Report, SaveSeen, ScriptResult, VmFacts};
 use mainstay_model::codec::encode_envelope;
 use mainstay_model::command::{Binding, Command, TagContent};
 use mainstay_model::ids::Digest;
 use mainstay_model::instance::StartRequest;
-use mainstay_model::limits::SCRIPT_OUTPUT_BYTES;
+use mainstay_model::limits::{SAVE_OUTPUT_BYTES, SCRIPT_OUTPUT_BYTES};
 use mainstay_model::node::NodeSpec;
+use mainstay_model::save::{SaveRequest, SaveTarget};
 use mainstay_model::{CommandId, Envelope, InstanceId, MemberId, NodeId, Outcome, State};
 
 /// A template, and node `n1` with this many instances `i0`, `i1`, ... bound to it.
@@ -297,4 +298,75 @@ fn blank_facts_are_no_news_and_erase_nothing() {
     assert_eq!(world.take(vec![with(blank(), "failed")]), 1);
     let vm = world.state.instances[&"i0".into()].vm.as_ref().unwrap();
     assert_eq!((vm.uuid.as_str(), vm.ip.as_str()), ("vm", "10.0.0.1"));
+}
+
+#[test]
+fn a_save_is_ordered_when_it_is_known_and_its_output_is_heard_once() {
+    let mut world = World::new(1);
+    let running = || Observed {
+        vm: Some(facts("10.0.0.1")),
+        ..seen("i0", 2, "running")
+    };
+    world.take(vec![running()]);
+    let request = SaveRequest {
+        instance: "i0".into(),
+        tag: "v2".into(),
+        target: SaveTarget::Template("t1".into()),
+        description: String::new(),
+        script: b"sync".to_vec(),
+        cancel_on_script_failure: true,
+        revert: false,
+        revert_tag: None,
+        suspend: true,
+        sanity_test: false,
+    };
+    world.apply(Command::SaveInstance {
+        id: "s1".into(),
+        request: Box::new(request),
+    });
+    let wish = |world: &World| {
+        let set = desired_set(&world.state, &NodeId::from("n1")).unwrap();
+        let wish = set.instances.into_iter().next().unwrap();
+        assert!(wish.run && wish.keep && !wish.restart, "for older agents");
+        assert_eq!((wish.generation, wish.image.tag.as_str()), (2, "v1"));
+        wish.save.unwrap()
+    };
+    let order = wish(&world);
+    let body = order.script.as_ref().unwrap().body.as_str();
+    assert_eq!((order.id.as_str(), body), ("s1", "c3luYw=="));
+    assert_eq!(
+        (order.template.as_str(), order.tag.as_str()),
+        ("debian", "v2")
+    );
+    assert!(order.cancel_on_script_failure && !order.go && !order.script_known);
+    let said = |phase: &str, script: Option<ScriptResult>| {
+        let save = SaveSeen {
+            id: "s1".into(),
+            phase: phase.into(),
+            stopped: true,
+            script,
+            ..SaveSeen::default()
+        };
+        let save = Some(save);
+        vec![Observed { save, ..running() }]
+    };
+    assert_eq!(world.take(said("begun", None)), 1);
+    assert_eq!(world.take(said("begun", None)), 0, "it is known");
+    assert!(wish(&world).go);
+    let long = "é".repeat(SAVE_OUTPUT_BYTES) + "end";
+    let output = ScriptResult {
+        stdout: long.clone(),
+        stderr: long,
+        ..ScriptResult::default()
+    };
+    assert_eq!(world.take(said("begun", Some(output.clone()))), 1);
+    assert_eq!(world.take(said("begun", Some(output))), 0);
+    assert!(wish(&world).script_known);
+    let kept = world.state.saves[&"s1".into()].script_result.clone();
+    assert!(kept.unwrap().stdout.len() > SAVE_OUTPUT_BYTES - 4);
+    assert_eq!(world.take(said("pushed", None)), 0, "there is no tag");
+    assert_eq!(world.take(said("failed", None)), 1);
+    let set = desired_set(&world.state, &NodeId::from("n1")).unwrap();
+    assert!(set.instances[0].restart && set.instances[0].save.is_none());
+    assert_eq!(set.instances[0].generation, 3);
 }

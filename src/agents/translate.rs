@@ -4,10 +4,11 @@ use super::liveness::Heard;
 use mainstay_agent::wire;
 use mainstay_model::instance::{Observation, ObservedPhase, PortRule, ScriptResult, VmInfo};
 use mainstay_model::limits::{
-    DISTRIBUTIONS, NAME_BYTES, PORT_RULES, SCRIPT_OUTPUT_BYTES, TEXT_BYTES,
+    DISTRIBUTIONS, NAME_BYTES, PORT_RULES, SAVE_OUTPUT_BYTES, SCRIPT_OUTPUT_BYTES, TEXT_BYTES,
 };
 use mainstay_model::node::NodeSpec;
-use mainstay_model::{GroupId, InstanceId};
+use mainstay_model::save::{SaveReport, SaveSaid};
+use mainstay_model::{GroupId, InstanceId, SaveId};
 
 pub(super) fn spec(call: &wire::RegisterRequest) -> NodeSpec {
     NodeSpec {
@@ -25,11 +26,16 @@ pub(super) fn spec(call: &wire::RegisterRequest) -> NodeSpec {
 }
 
 pub(super) fn heard(report: &wire::Report) -> Heard {
-    let pulling = report.observed.iter().filter(|o| o.phase == "pulling");
+    let part = |seen: &wire::Observed| match &seen.save {
+        Some(save) => Some(save.progress),
+        None => (seen.phase == "pulling").then_some(seen.progress),
+    };
+    let moving = report.observed.iter();
+    let moving = moving.filter_map(|seen| Some((seen.id.clone(), part(seen)?)));
     Heard {
         node: report.node_id.clone(),
         stats: report.stats.clone(),
-        progress: pulling.map(|o| (o.id.clone(), o.progress)).collect(),
+        progress: moving.collect(),
         pulls: report.pulls.as_ref().map(|p| pulls(p)),
         ..Heard::default()
     }
@@ -63,13 +69,38 @@ pub(super) fn observation(seen: &wire::Observed) -> Option<Observation> {
         generation: seen.generation,
         phase,
         vm: facts.map(vm),
-        script: seen.script.as_ref().map(|s| ScriptResult {
-            return_code: s.return_code,
-            did_timeout: s.did_timeout,
-            stdout: clip_front(&s.stdout),
-            stderr: clip_front(&s.stderr),
-        }),
+        script: seen.script.as_ref().map(|s| script(s, SCRIPT_OUTPUT_BYTES)),
     })
+}
+
+/// What is said of a save; `None` for a phase of another release.
+pub(super) fn save_report(seen: &wire::Observed) -> Option<SaveReport> {
+    let save = seen.save.as_ref()?;
+    let said = match save.phase.as_str() {
+        "begun" => SaveSaid::Begun,
+        "pushed" => SaveSaid::Pushed,
+        "failed" => SaveSaid::Failed {
+            why: clip(&save.message, TEXT_BYTES),
+            stopped: save.stopped,
+        },
+        _ => return None,
+    };
+    let result = save.script.as_ref();
+    Some(SaveReport {
+        id: SaveId::from(save.id.clone()),
+        said,
+        script: result.map(|s| script(s, SAVE_OUTPUT_BYTES)),
+    })
+}
+
+/// With the last so many bytes of its outputs.
+fn script(result: &wire::ScriptResult, keep: usize) -> ScriptResult {
+    ScriptResult {
+        return_code: result.return_code,
+        did_timeout: result.did_timeout,
+        stdout: clip_front(&result.stdout, keep),
+        stderr: clip_front(&result.stderr, keep),
+    }
 }
 
 /// Cut as the model cuts (also scripts and messages), so that comparing it with the state finds no difference that is none.
@@ -103,8 +134,8 @@ fn clip(text: &str, max: usize) -> String {
 }
 
 /// The last bytes of a script's output.
-fn clip_front(text: &str) -> String {
-    let from = text.len().saturating_sub(SCRIPT_OUTPUT_BYTES);
+fn clip_front(text: &str, keep: usize) -> String {
+    let from = text.len().saturating_sub(keep);
     text[text.ceil_char_boundary(from)..].to_owned()
 }
 

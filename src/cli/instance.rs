@@ -1,7 +1,8 @@
-//! `mainstay instance`: start, list, show, restart and terminate instances over the REST dialect. Knows the
+//! `mainstay instance`: start, list, show, restart, save and terminate instances over the REST dialect. Knows the
 //! dialect's members by name; refuses to interpret states beyond waiting for one.
 
 use super::client::{ApiClient, query};
+use super::save::{self, SaveArgs};
 use super::table::{self, Output, Table};
 use anyhow::{Context as _, bail};
 use base64::Engine as _;
@@ -14,9 +15,9 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 /// Time between two looks at an instance that is waited for.
-const POLL: Duration = Duration::from_millis(500);
+pub(super) const POLL: Duration = Duration::from_millis(500);
 
-/// Start, list, show, restart and terminate instances.
+/// Start, list, show, restart, save and terminate instances.
 #[derive(Args, Debug)]
 pub struct InstanceArgs {
     #[command(subcommand)]
@@ -42,6 +43,9 @@ enum InstanceCommand {
         #[command(flatten)]
         wait: WaitArgs,
     },
+    /// Make a tag of an instance's disk; the instance ends when the tag is there
+    #[command(alias = "save-image")]
+    Save(Box<SaveArgs>),
     /// End instances and delete their VMs
     Terminate {
         /// Instance ids
@@ -53,13 +57,13 @@ enum InstanceCommand {
 }
 
 #[derive(Args, Debug)]
-struct WaitArgs {
+pub(super) struct WaitArgs {
     /// Wait until it is done
     #[arg(long)]
-    wait: bool,
+    pub(super) wait: bool,
     /// Longest wait in seconds
     #[arg(long, default_value_t = 600, requires = "wait")]
-    timeout: u64,
+    pub(super) timeout: u64,
 }
 
 #[derive(Args, Debug)]
@@ -123,6 +127,7 @@ pub async fn run(args: InstanceArgs, endpoints: &[String], output: Output) -> an
             Ok(table::emit(output, &instance, details)?)
         }
         InstanceCommand::Restart { ids, wait } => restart(&client, &ids, &wait, output).await,
+        InstanceCommand::Save(args) => save::run(&client, &args, output).await,
         InstanceCommand::Terminate { ids, wait } => terminate(&client, &ids, &wait, output).await,
     }
 }
@@ -179,7 +184,7 @@ fn forward(rule: &str) -> anyhow::Result<Value> {
 }
 
 /// A template's id, given that or its name.
-async fn template_id(client: &ApiClient, wanted: &str) -> anyhow::Result<String> {
+pub(super) async fn template_id(client: &ApiClient, wanted: &str) -> anyhow::Result<String> {
     let all: Vec<Value> = client.get("/api/v1/registry/vm?apiVer=v1").await?;
     let found = |member: &str| all.iter().find(|t| t[member] == wanted);
     let Some(template) = found("id").or_else(|| found("name")) else {
@@ -329,7 +334,9 @@ fn instances<'a>(all: impl Iterator<Item = &'a Value>, names: &Map<String, Value
             text(&instance["instance_state"]),
             instance["progress"].as_f64(),
         ) {
-            (state, Some(part)) if state == "Pulling" => format!("{state} {:.0}%", part * 100.0),
+            (state, Some(part)) if state == "Pulling" || state == "Pushing" => {
+                format!("{state} {:.0}%", part * 100.0)
+            }
             (state, _) => state,
         };
         let created = age_ms(&text(&instance["cr_time"]))
@@ -390,7 +397,7 @@ fn flatten(table: &mut Table, prefix: &str, value: &Value) {
 }
 
 /// A value as a person reads it: text without quotes, nothing for `null`.
-fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
         Value::String(text) => text.clone(),

@@ -19,6 +19,7 @@ pub mod node;
 pub mod recover;
 pub mod registry;
 pub mod repair;
+mod save;
 pub mod server;
 pub mod snapshot;
 pub mod status;

@@ -16,7 +16,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::{HeaderMap, HeaderValue, Method, header};
 use http_body_util::BodyExt as _;
-use mainstay_model::{CommandId, InstanceId};
+use mainstay_model::{CommandId, InstanceId, SaveId, TemplateId};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
@@ -207,9 +207,18 @@ impl Call {
     /// The `n`th instance's id; derived like the command's id.
     pub fn instance_id(&self, n: u64) -> InstanceId {
         self.derived(&format!("instance {n}"))
-            .map_or_else(stamp::instance_id, |id| {
-                InstanceId::from(uuid::Builder::from_random_bytes(id).into_uuid().to_string())
-            })
+            .map_or_else(stamp::instance_id, |id| InstanceId::from(uuid_text(id)))
+    }
+
+    /// The id of a save; derived like the command's id.
+    pub fn save_id(&self) -> SaveId {
+        let derived = self.derived("save").map(uuid_text);
+        derived.map_or_else(stamp::save_id, SaveId::from)
+    }
+    /// The id of a template that comes of the call; derived like the command's id.
+    pub fn template_id(&self) -> TemplateId {
+        let derived = self.derived("template").map(uuid_text);
+        derived.map_or_else(stamp::template_id, TemplateId::from)
     }
 
     fn derived(&self, what: &str) -> Option<[u8; 16]> {
@@ -224,6 +233,10 @@ impl Call {
         hasher.finalize_xof().fill(&mut id);
         Some(id)
     }
+}
+
+fn uuid_text(id: [u8; 16]) -> String {
+    uuid::Builder::from_random_bytes(id).into_uuid().to_string()
 }
 
 /// A whole number within `range`, also as a string; the empty string counts as absent.

@@ -141,9 +141,12 @@ impl<'a> InstanceView<'a> {
     }
 }
 
-/// Part of the image fetched; soft, so only where it moves.
+/// Part of the image fetched, or of the saved disk pushed; soft, so only where it moves.
 fn progress(view: View<'_>, instance: &Instance) -> f32 {
-    if instance.state != InstanceState::Pulling {
+    if !matches!(
+        instance.state,
+        InstanceState::Pulling | InstanceState::Pushing
+    ) {
         return 0.0;
     }
     let part = view.soft.progress(&instance.id).unwrap_or(0.0);

@@ -3,7 +3,7 @@
 //!
 //! * [`router`]: all routes of this module; merge others onto it.
 //! * [`envelope`]: how requests are read and answers wrapped; [`error`]: the only status table.
-//! * [`instances`], [`nodes`], [`templates`]: JSON from the state; [`start`]: the start request.
+//! * [`instances`], [`images`], [`nodes`], [`templates`]: JSON from the state; [`start`]: the start request.
 //! * [`routes`]: the handlers; [`openapi`] and `requests`: what they say of themselves; [`front`]: what
 //!   happens before routing.
 //!
@@ -13,6 +13,7 @@ pub mod distributions;
 pub mod envelope;
 pub mod error;
 pub mod front;
+pub mod images;
 pub mod instances;
 mod intake;
 pub mod members;

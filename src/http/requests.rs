@@ -143,6 +143,34 @@ pub struct Id {
     id: String,
 }
 
+/// `POST /api/v1/image`.
+#[derive(Serialize, ToSchema)]
+pub struct SaveImage {
+    /// Instance id
+    #[schema(min_length = 1)]
+    id: String,
+    /// Name of the new tag
+    #[schema(min_length = 1)]
+    tag: String,
+    /// Template id; this or `new_template_name`
+    target_vm_id: Option<String>,
+    /// Name of a template that is not there yet
+    new_template_name: Option<String>,
+    description: Option<String>,
+    /// Default: true. Read and shown; the tag is always one that boots
+    suspend: Option<bool>,
+    /// Standard base64; run in the guest before it is stopped
+    script: Option<String>,
+    /// Delete a tag, and every later one, at the moment at which the new one is there
+    revert_before_push: Option<bool>,
+    /// Which tag; the latest when absent
+    revert_tag: Option<String>,
+    /// Read and shown
+    do_suspend_sanity_test: Option<bool>,
+    /// A script that does not end with 0 ends the request, and the instance runs on
+    cancel_on_script_failure: Option<bool>,
+}
+
 /// `POST /api/v1/rpc/vm/restart`.
 #[derive(Serialize, ToSchema)]
 pub struct Restart {

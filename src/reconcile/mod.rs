@@ -4,7 +4,7 @@
 //!
 //! * `schedule`: waiting instances get a node.
 //! * `judge`: nodes that are not heard become unreachable, then lost; the verdicts are pure.
-//! * `expire`: ended instances are forgotten.
+//! * `expire`: ended instances, and saves, are forgotten.
 //! * `features`: what a new release brings is switched on once every member supports it.
 //! * `retire`: removals of members that are recorded are carried out.
 
@@ -31,6 +31,8 @@ pub struct ReconcileConfig {
     pub judge_every: Duration,
     /// How long an ended instance stays visible.
     pub retention: Duration,
+    /// How long an ended save stays visible.
+    pub save_retention: Duration,
     /// Between two looks for instances to forget.
     pub expire_every: Duration,
     /// Most decisions in one `Bind`.
@@ -60,6 +62,7 @@ impl Default for ReconcileConfig {
             lease: Duration::from_secs(120),
             judge_every: Duration::from_secs(1),
             retention: Duration::from_secs(60),
+            save_retention: Duration::from_secs(7_200),
             expire_every: Duration::from_secs(2),
             bind_max: 512,
             feature_grace: Duration::from_secs(3600),

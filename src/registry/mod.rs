@@ -56,6 +56,8 @@ pub use collect::CollectConfig;
 pub use scrub::ScrubConfig;
 pub use swarm::SentFigures;
 
+pub(crate) use publish::check_name;
+
 use axum::Router;
 use axum::routing::{delete, get, post, put};
 use mainstay_agent::transfer::api::{self, CollectionStatus, ScrubStatus, Usage};

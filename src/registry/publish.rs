@@ -15,8 +15,9 @@ use mainstay_agent::transfer::{Manifest, hex_id};
 use mainstay_model::command::{Addition, TagContent, TagPush, TagSelector};
 use mainstay_model::ids::Digest;
 use mainstay_model::instance::PortRule;
+use mainstay_model::save::SavedDisk;
 use mainstay_model::template::{Tag, Template};
-use mainstay_model::{Command, CommandId, MemberId, Outcome, TemplateId};
+use mainstay_model::{Command, CommandId, MemberId, Outcome, SaveId, TemplateId};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -144,6 +145,7 @@ impl RegistryService {
         let request: PublishRequest =
             answer::read_object(request.into_body(), "a publish request").await?;
         check(&request).map_err(bad)?;
+        let save = (!request.save.is_empty()).then(|| SaveId::from(request.save.as_str()));
         let id = command_id(&request)?;
         let digest = hex_id(&request.manifest).map_err(|e| bad(e.to_string()))?;
         // From here on the collector keeps all that it reaches; what was removed before is lacking now.
@@ -158,18 +160,32 @@ impl RegistryService {
         }
         let voters = voters(&self.catalog.members().await?);
         let copies_needed = copies_needed(request.durability, voters.len())?;
-        let push = TagPush {
-            new_template_id: stamp::template_id(),
-            template: request.template.clone(),
-            tag: request.tag.clone(),
-            content,
-            holder: self.member,
-            copies_needed,
-            voters,
+        let holder = self.member;
+        let what = match save {
+            Some(save) => Addition::Saved(Box::new(SavedDisk {
+                save,
+                template: request.template.clone(),
+                manifest: content.manifest,
+                size: content.size,
+                disk: content.disk,
+                format: content.format,
+                holder,
+                copies_needed,
+                voters,
+            })),
+            None => Addition::Tag(Box::new(TagPush {
+                new_template_id: stamp::template_id(),
+                template: request.template.clone(),
+                tag: request.tag.clone(),
+                content,
+                holder,
+                copies_needed,
+                voters,
+            })),
         };
         lease.linger();
         let named = (request.template.as_str(), digest);
-        let outcome = self.add(id, named, Addition::Tag(Box::new(push))).await;
+        let outcome = self.add(id, named, what).await;
         if !matches!(outcome, Err(NotAdded::App(AppError::Group(_)))) {
             lease.settled();
         }
@@ -342,7 +358,7 @@ fn check(request: &PublishRequest) -> Result<(), String> {
 }
 
 /// Names appear in paths, URLs, terminals and logs.
-fn check_name(what: &str, name: &str) -> Result<(), String> {
+pub(crate) fn check_name(what: &str, name: &str) -> Result<(), String> {
     let bad = |c: char| c.is_control() || c == '/' || c == '\\';
     let fits = !name.is_empty()
         && name.chars().count() <= NAME_MAX

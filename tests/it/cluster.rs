@@ -15,10 +15,13 @@ use mainstay::http::{About, ApiState, router};
 use mainstay::machine::ModelMachine;
 use mainstay::registry::Figures;
 use mainstay::space::Room;
-use mainstay_model::command::{Command, TagContent};
+use mainstay_model::command::{Binding, Command, TagContent};
+use mainstay_model::feature::SUPPORTED;
 use mainstay_model::ids::Digest;
+use mainstay_model::instance::{Observation, ObservedPhase, ScriptResult, VmInfo};
 use mainstay_model::node::NodeSpec;
-use mainstay_model::{MemberId, State};
+use mainstay_model::save::{SaveReport, SaveSaid};
+use mainstay_model::{MemberId, Outcome, State};
 use mainstay_raft::transport::memory::Switchboard;
 use mainstay_raft::{Group, GroupConfig, Member};
 use mainstay_storage::chunks::ChunkStats;
@@ -219,6 +222,68 @@ impl Cluster {
         let command = Command::RegisterNode {
             id: "n1".into(),
             spec: Box::new(spec),
+        };
+        self.members[0].app.submit(command).await.unwrap();
+    }
+
+    /// All that this release can.
+    pub async fn raise_features(&self) {
+        let level = Command::SetFeatures { level: SUPPORTED };
+        self.members[0].app.submit(level).await.unwrap();
+    }
+
+    /// So many instances of template `t1` that run on a node `n2`, which takes no more.
+    pub async fn started(&self, count: usize) -> Vec<String> {
+        let app = &self.members[0].app;
+        let spec = NodeSpec {
+            name: "pc1".into(),
+            arch: "amd64".into(),
+            capacity: u32::try_from(count).unwrap(),
+            ..NodeSpec::default()
+        };
+        let command = Command::RegisterNode {
+            id: "n2".into(),
+            spec: Box::new(spec),
+        };
+        app.submit(command).await.unwrap();
+        let start = serde_json::json!({"vmid": "t1", "count": count});
+        let ids = self.call(0, "POST", "/api/v1/vm", start).await.body();
+        let ids: Vec<String> = serde_json::from_value(ids).unwrap();
+        for id in &ids {
+            let bindings = vec![Binding {
+                instance: id.as_str().into(),
+                node: "n2".into(),
+                generation: 1,
+            }];
+            let bound = app.submit(Command::Bind { bindings }).await.unwrap();
+            assert_eq!(bound, Outcome::Bound(1));
+            let changes = vec![Observation {
+                id: id.as_str().into(),
+                generation: 2,
+                phase: ObservedPhase::Running,
+                vm: Some(VmInfo {
+                    uuid: id.clone(),
+                    status: "running".to_owned(),
+                    ..VmInfo::default()
+                }),
+                script: None,
+            }];
+            let node = "n2".into();
+            let seen = Command::Observe { node, changes };
+            app.submit(seen).await.unwrap();
+        }
+        ids
+    }
+
+    /// What node `n2` says of a save.
+    pub async fn report_save(&self, id: &str, said: SaveSaid, script: Option<ScriptResult>) {
+        let command = Command::ReportSaves {
+            node: "n2".into(),
+            reports: vec![SaveReport {
+                id: id.into(),
+                said,
+                script,
+            }],
         };
         self.members[0].app.submit(command).await.unwrap();
     }

@@ -4,6 +4,7 @@
 mod api;
 mod api_bad_input;
 mod api_distribute;
+mod api_images;
 mod api_instances;
 mod api_members;
 mod api_templates;

@@ -2,6 +2,8 @@
 //! whatever is sent. A longer search for the opposite, with a tool made for it: `tests/schemathesis.sh`.
 
 use crate::cluster::{Answer, Cluster};
+use mainstay_model::instance::ScriptResult;
+use mainstay_model::save::SaveSaid;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 
@@ -152,6 +154,24 @@ async fn cloud() -> Cluster {
         "port_forwarding_override": [{"name": "ssh", "guest_port": 22}],
     });
     cluster.call(0, "POST", "/api/v1/vm", start).await.body();
+    cluster.raise_features().await;
+    let ids = cluster.started(2).await;
+    let save = |id: &str| json!({"id": id, "target_vm_id": "t1", "tag": format!("saved-{id}"), "script": "c3luYw=="});
+    let first = cluster.call(0, "POST", "/api/v1/image", save(&ids[0]));
+    let first = first.await.body()["request_id"].clone();
+    let first = first.as_str().unwrap();
+    let script = ScriptResult {
+        did_timeout: true,
+        ..ScriptResult::default()
+    };
+    let why = "no room".to_owned();
+    let failed = SaveSaid::Failed {
+        why,
+        stopped: false,
+    };
+    cluster.report_save(first, failed, Some(script)).await;
+    let second = cluster.call(0, "POST", "/api/v1/image", save(&ids[1]));
+    second.await.body();
     cluster
 }
 

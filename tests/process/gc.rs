@@ -109,6 +109,7 @@ impl World {
             forwards: Vec::new(),
             durability: Durability::Majority,
             wait: Duration::from_secs(20),
+            save: String::new(),
         };
         let pushed = push_file(&self.client, &self.urls(dice), &path, &spec, &|_, _| ()).await;
         std::fs::remove_file(&path).unwrap();

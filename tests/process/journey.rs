@@ -41,7 +41,7 @@ fn newest(path: &Path) -> SystemTime {
     inner.max().map_or(own, |newest| newest.max(own))
 }
 
-async fn instance(cluster: &Cluster, n: usize, id: &str) -> Option<Value> {
+pub(crate) async fn instance(cluster: &Cluster, n: usize, id: &str) -> Option<Value> {
     cluster
         .call(n, "GET", &format!("/api/v1/vm?id={id}"), None)
         .await
@@ -224,7 +224,7 @@ async fn restarted(cluster: &Cluster, id: &str) {
 }
 
 /// What the guest's web server says, once it does.
-async fn page(cluster: &Cluster, instance: &Value, path: &str) -> String {
+pub(crate) async fn page(cluster: &Cluster, instance: &Value, path: &str) -> String {
     let port = &instance["vminfo"]["port_forwarding"][0]["host_port"];
     let url = format!("http://127.0.0.1:{port}/{path}");
     until(

@@ -28,6 +28,7 @@ mod push;
 mod refused;
 mod rescue;
 mod reverted;
+mod save;
 mod shared_store;
 #[path = "../../storage/tests/conformance/sharing.rs"]
 mod sharing;

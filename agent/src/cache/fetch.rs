@@ -1,7 +1,8 @@
-//! Where an image's bytes come from.
+//! Where an image's bytes come from, and where those of a new one go.
 
 use crate::share::{Key, Offer, Shares};
-use crate::transfer::{self, Company, Manifest, TransferError};
+use crate::transfer::api::TagInfo;
+use crate::transfer::{self, Company, Manifest, PushSpec, TransferError};
 use crate::wire::ImageRef;
 use async_trait::async_trait;
 use parking_lot::{Mutex, RwLock};
@@ -22,6 +23,15 @@ pub trait Fetch: Send + Sync + 'static {
         dest: &Path,
         told: &Told<'_>,
     ) -> Result<Manifest, TransferError>;
+
+    /// Make a tag of `disk`, which does not change, for a save: push it to a registry and wait for copies for as
+    /// long as `spec` says. What arrived once is not sent again by a later try.
+    async fn deliver(
+        &self,
+        disk: &Path,
+        spec: &PushSpec,
+        told: &Told<'_>,
+    ) -> Result<TagInfo, TransferError>;
 
     /// An image is not in the cache any more.
     fn dropped(&self, _manifest: &str) {}
@@ -122,6 +132,22 @@ impl Fetch for RegistryFetch {
             }
         }
         Ok(manifest)
+    }
+
+    async fn deliver(
+        &self,
+        disk: &Path,
+        spec: &PushSpec,
+        told: &Told<'_>,
+    ) -> Result<TagInfo, TransferError> {
+        let registries = self.sources.get();
+        let pushed = transfer::push_file(&self.client, &registries, disk, spec, told).await?;
+        tracing::info!(
+            chunks = pushed.sent_chunks,
+            bytes = pushed.sent_bytes,
+            "a saved disk was pushed"
+        );
+        Ok(pushed.tag)
     }
 
     fn dropped(&self, manifest: &str) {

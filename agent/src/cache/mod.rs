@@ -145,6 +145,15 @@ impl Cache {
         self.shared.evict(template_id, number)
     }
 
+    /// See that so many bytes can be written beside the cache with the reserve still free; drops images that nobody
+    /// needs for it.
+    pub async fn make_room(&self, bytes: u64) -> Result<(), CacheError> {
+        let shared = Arc::clone(&self.shared);
+        let made = tokio::task::spawn_blocking(move || shared.make_room("", bytes)).await;
+        let made = made.map_err(|e| CacheError::Disk(e.to_string()))?;
+        made.map_err(CacheError::NoRoom)
+    }
+
     /// The image, fetched if it is not here. Callers that want the same one share one pull; it is
     /// given up when the last of them stops waiting. `progress` gets the part done, 0..1; it is not
     /// called when the image is here.
@@ -192,7 +201,7 @@ impl Cache {
 }
 
 impl Shared {
-    /// Make sure that the pull of `digest` can write `needed` bytes and the reserve stays free.
+    /// Make sure that the pull of `digest` (empty: something else) can write `needed` bytes and the reserve stays free.
     fn make_room(&self, digest: &str, needed: u64) -> Result<(), String> {
         let flights = self.flights.lock();
         let booked: u64 = flights

@@ -1,7 +1,8 @@
 //! The cache with a source that can be held back: sharing, giving up, crash, eviction.
 
 use super::*;
-use crate::transfer::{FileEntry, Manifest};
+use crate::transfer::api::TagInfo;
+use crate::transfer::{FileEntry, Manifest, PushSpec};
 use async_trait::async_trait;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -32,6 +33,15 @@ impl Held {
 
 #[async_trait]
 impl Fetch for Held {
+    async fn deliver(
+        &self,
+        _: &Path,
+        _: &PushSpec,
+        _: &fetch::Told<'_>,
+    ) -> Result<TagInfo, TransferError> {
+        Err(TransferError::Refused("it only gives".to_owned()))
+    }
+
     async fn fetch(
         &self,
         image: &ImageRef,

@@ -1,7 +1,7 @@
 //! Everything the agent knows about its instances now, behind one lock that is never held over an
 //! await.
 
-use super::record::Record;
+use super::record::{Record, Stage};
 use super::{Action, Doing, Job, plan, view};
 use crate::driver::VmSeen;
 use crate::wire::{DesiredInstance, DesiredSet, ImageRef, Observed, VmFacts};
@@ -16,6 +16,8 @@ pub(super) enum Step {
     Starting,
     /// Part of the image that is here.
     Pulling(f32),
+    /// Part of the saved disk that is pushed.
+    Pushing(f32),
 }
 
 /// A task that works on an instance.
@@ -41,6 +43,15 @@ pub(super) struct Begun {
 pub(super) struct Again {
     pub(super) ticket: u64,
     /// Of the new generation; not on disk yet.
+    pub(super) record: Record,
+    /// What is to be broken off.
+    pub(super) before: Option<JoinHandle<()>>,
+}
+
+/// A save that begins, or goes on.
+pub(super) struct Saves {
+    pub(super) ticket: u64,
+    /// With the save; not on disk yet.
     pub(super) record: Record,
     /// What is to be broken off.
     pub(super) before: Option<JoinHandle<()>>,
@@ -197,6 +208,37 @@ impl Board {
         }
     }
 
+    /// A save begins. The VM is still what it was.
+    pub(super) fn begin_save(&mut self, wish: &DesiredInstance, save: &str) -> Saves {
+        let ticket = self.tick();
+        let old = self.locals.remove(&wish.id).unwrap_or_default();
+        let record = old.record.unwrap_or_else(|| {
+            // It was lost; that the controller wants it saved says that it was up.
+            let mut record = Record::begin(&wish.id, wish.generation, &wish.image);
+            record.stage = Stage::Up;
+            record.script_begun = true;
+            record
+        });
+        let record = record.saving(save);
+        let local = Local {
+            generation: wish.generation,
+            job: Some(Running {
+                kind: Job::Save,
+                ticket,
+                task: None,
+            }),
+            record: Some(record.clone()),
+            step: Step::Starting,
+            gone: false,
+        };
+        self.locals.insert(wish.id.clone(), local);
+        Saves {
+            ticket,
+            record,
+            before: old.job.and_then(|j| j.task),
+        }
+    }
+
     /// A removal begins.
     pub(super) fn begin_delete(&mut self, wish: &DesiredInstance) -> Ending {
         let ticket = self.tick();
@@ -282,6 +324,13 @@ impl Board {
         }
     }
 
+    /// How much of the saved disk is pushed.
+    pub(super) fn pushing(&mut self, id: &str, ticket: u64, part: f32) {
+        if let Some(local) = self.holder(id, ticket) {
+            local.step = Step::Pushing(part);
+        }
+    }
+
     /// What the pure core needs to know.
     pub(super) fn doing(&self) -> BTreeMap<String, Doing> {
         let doing = |local: &Local| Doing {
@@ -289,6 +338,11 @@ impl Board {
             job: local.job.as_ref().map(|j| j.kind),
             settled: local.record.as_ref().is_some_and(Record::settled),
             gone: local.gone,
+            saved: local
+                .record
+                .as_ref()
+                .and_then(Record::saved)
+                .map(str::to_owned),
         };
         let all = self.locals.iter();
         all.map(|(id, local)| (id.clone(), doing(local))).collect()

@@ -5,6 +5,7 @@
 use super::board::Board;
 use super::images::{self, Wishes};
 use super::record::Records;
+use super::save::{self, Disks};
 use super::{Action, survey, task};
 use crate::cache::{Cache, Fetch, Reserve};
 use crate::driver::Driver;
@@ -26,6 +27,8 @@ pub struct Settings {
     pub reserve: Reserve,
     /// How long a pull that no registry can serve is tried again before this node gives up.
     pub pull_patience: Duration,
+    /// How long a push that no registry takes is tried again before the save fails.
+    pub push_patience: Duration,
     /// First pause between attempts of anything.
     pub retry_pause: Duration,
     /// Before a refusal is reported, so that a node that must refuse everything is not asked in a
@@ -41,6 +44,7 @@ impl Default for Settings {
             host_ip: "127.0.0.1".to_owned(),
             reserve: Reserve::Percent(20),
             pull_patience: Duration::from_secs(60),
+            push_patience: Duration::from_secs(600),
             retry_pause: Duration::from_millis(500),
             reject_pause: Duration::from_secs(1),
             survey_every: Duration::from_secs(2),
@@ -52,7 +56,10 @@ impl Default for Settings {
 pub(super) struct Inner {
     pub(super) driver: Arc<dyn Driver>,
     pub(super) cache: Cache,
+    /// Where images come from, and where new ones go.
+    pub(super) images: Arc<dyn Fetch>,
     pub(super) records: Records,
+    pub(super) saves: Disks,
     pub(super) settings: Settings,
     pub(super) board: Arc<Mutex<Board>>,
     /// Images to fetch.
@@ -84,7 +91,7 @@ impl std::fmt::Debug for Executor {
 }
 
 impl Executor {
-    /// Read what the last run left under `root` (`instances/`, `images/`).
+    /// Read what the last run left under `root` (`instances/`, `images/`, `saves/`).
     pub fn open(
         root: &Path,
         driver: Arc<dyn Driver>,
@@ -93,17 +100,21 @@ impl Executor {
     ) -> anyhow::Result<Self> {
         let (records, found) =
             Records::open(&root.join("instances")).context("read instance records")?;
+        let saves = Disks::open(&root.join("saves"), &found).context("open the disks of saves")?;
         let board = Arc::new(Mutex::new(Board::new(found)));
         let users = {
             let board = Arc::clone(&board);
             Arc::new(move || board.lock().manifests_in_use())
         };
+        let images = Arc::clone(&fetch);
         let cache = Cache::open(&root.join("images"), fetch, settings.reserve, users)
             .context("open the image cache")?;
         let inner = Inner {
             driver,
             cache,
+            images,
             records,
+            saves,
             settings,
             board,
             wishes: Mutex::default(),
@@ -216,6 +227,11 @@ fn act(inner: &Arc<Inner>) {
                     restart(inner, &mut board, wish);
                 }
             }
+            Action::Save(id) => {
+                if let Some(wish) = board.wish(&id).cloned() {
+                    save_disk(inner, &mut board, wish);
+                }
+            }
             Action::Delete(id) => {
                 if let Some(wish) = board.wish(&id).cloned() {
                     delete(inner, &mut board, &wish);
@@ -237,6 +253,16 @@ fn restart(inner: &Arc<Inner>, board: &mut Board, wish: DesiredInstance) {
     let id = wish.id.clone();
     let again = board.begin_restart(&wish);
     let work = task::restart(Arc::clone(inner), wish, again);
+    board.employ(&id, tokio::spawn(work));
+}
+
+fn save_disk(inner: &Arc<Inner>, board: &mut Board, wish: DesiredInstance) {
+    let Some(order) = wish.save.clone() else {
+        return;
+    };
+    let id = wish.id.clone();
+    let begun = board.begin_save(&wish, &order.id);
+    let work = save::save(Arc::clone(inner), wish, order, begun);
     board.employ(&id, tokio::spawn(work));
 }
 

@@ -2,7 +2,8 @@
 //! core: desired set and what is known here in, actions out. It knows no driver, no file, no clock.
 //!
 //! * [`plan`]: the actions; at most one per instance, none while one is under way.
-//! * [`executor`]: carries actions out, several at once; `task`: one instance's start and end.
+//! * [`executor`]: carries actions out, several at once; `task`: one instance's start and end; `save`: how its
+//!   disk becomes a tag.
 //! * `images`: those to fetch before an instance needs them.
 //! * [`record`]: what outlives the agent; `view`: what is reported; `board`: what is known now.
 //! * [`rehearsal`]: all of it without driver, disk, clock and tasks, for simulations.
@@ -11,7 +12,8 @@
 //! 1. Only an instance that the controller names is ever destroyed: `run == false`, or a VM left
 //!    from an older generation of an instance that shall run.
 //! 2. An end wins over a start that is under way.
-//! 3. Nothing is started twice for one generation: once its start has come to an end (also a bad
+//! 3. A save that is not wanted any more is broken off; its VM stays as it is.
+//! 4. Nothing is started twice for one generation: once its start has come to an end (also a bad
 //!    one), only a new generation starts it again. A restart is a new generation of the same disk.
 
 mod board;
@@ -19,6 +21,7 @@ pub mod executor;
 mod images;
 pub mod record;
 pub mod rehearsal;
+mod save;
 mod survey;
 mod task;
 #[cfg(test)]
@@ -35,12 +38,14 @@ pub enum Job {
     Start,
     /// A start is being broken off; what it made stays.
     Cancel,
+    /// Its disk is being made a tag.
+    Save,
     /// Being removed.
     Delete,
 }
 
 /// What this agent did or does for an instance.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Doing {
     /// Generation acted on.
     pub generation: u64,
@@ -50,6 +55,8 @@ pub struct Doing {
     pub settled: bool,
     /// Removed at this generation.
     pub gone: bool,
+    /// The newest save that has ended.
+    pub saved: Option<String>,
 }
 
 /// One thing to do.
@@ -59,7 +66,9 @@ pub enum Action {
     Start(String),
     /// End its VM and start it again on its disk, or go on with that.
     Restart(String),
-    /// Break its start off.
+    /// Make a tag of its disk, or go on with that.
+    Save(String),
+    /// Break its start, or its save, off.
     Cancel(String),
     /// Break off what is under way, then remove everything of it.
     Delete(String),
@@ -85,11 +94,7 @@ pub fn plan(
         .collect();
     ids.into_iter()
         .filter_map(|id| {
-            let make = next(
-                wanted.get(id).copied(),
-                doing.get(id).copied(),
-                vms.get(id).copied(),
-            )?;
+            let make = next(wanted.get(id).copied(), doing.get(id), vms.get(id).copied())?;
             Some(make(id.to_owned()))
         })
         .collect()
@@ -99,12 +104,13 @@ type MakeAction = fn(String) -> Action;
 
 fn next(
     wanted: Option<&DesiredInstance>,
-    doing: Option<Doing>,
+    doing: Option<&Doing>,
     vm: Option<u64>,
 ) -> Option<MakeAction> {
     match wanted {
         None => unwanted(doing?, vm),
         Some(wanted) if wanted.run && wanted.restart => shall_restart(wanted.generation, doing, vm),
+        Some(wanted) if wanted.run && wanted.save.is_some() => shall_be_saved(wanted, doing),
         Some(wanted) if wanted.run && wanted.keep => shall_stay(doing?),
         Some(wanted) if wanted.run => shall_run(wanted.generation, doing, vm),
         Some(wanted) => shall_go(wanted.generation, doing),
@@ -112,9 +118,10 @@ fn next(
 }
 
 /// The controller no longer names it. A VM stays (and is reported); a start without purpose ends.
-fn unwanted(doing: Doing, vm: Option<u64>) -> Option<MakeAction> {
+fn unwanted(doing: &Doing, vm: Option<u64>) -> Option<MakeAction> {
     match doing.job {
         Some(Job::Start) if !doing.settled => Some(Action::Cancel),
+        Some(Job::Save) => Some(Action::Cancel),
         Some(_) => None,
         None if vm.is_none() => Some(Action::Forget),
         None => None,
@@ -122,14 +129,15 @@ fn unwanted(doing: Doing, vm: Option<u64>) -> Option<MakeAction> {
 }
 
 /// Failed or stopped, and its user may still want to look at it.
-fn shall_stay(doing: Doing) -> Option<MakeAction> {
+fn shall_stay(doing: &Doing) -> Option<MakeAction> {
     match doing.job {
         Some(Job::Start) if !doing.settled => Some(Action::Cancel),
+        Some(Job::Save) => Some(Action::Cancel),
         _ => None,
     }
 }
 
-fn shall_run(generation: u64, doing: Option<Doing>, vm: Option<u64>) -> Option<MakeAction> {
+fn shall_run(generation: u64, doing: Option<&Doing>, vm: Option<u64>) -> Option<MakeAction> {
     let Some(doing) = doing else {
         // A VM of ours without a record: what an older generation left is replaced, else adopted.
         return match vm {
@@ -140,6 +148,8 @@ fn shall_run(generation: u64, doing: Option<Doing>, vm: Option<u64>) -> Option<M
     };
     match doing.job {
         Some(Job::Start) if doing.generation < generation => Some(Action::Delete),
+        // It was given up; what it stands on runs on.
+        Some(Job::Save) => Some(Action::Cancel),
         Some(_) => None,
         None if doing.generation > generation => None,
         None if doing.generation < generation => match vm {
@@ -153,7 +163,7 @@ fn shall_run(generation: u64, doing: Option<Doing>, vm: Option<u64>) -> Option<M
 }
 
 /// On its disk, once at this generation. Where nothing is left of it, trying says so.
-fn shall_restart(generation: u64, doing: Option<Doing>, vm: Option<u64>) -> Option<MakeAction> {
+fn shall_restart(generation: u64, doing: Option<&Doing>, vm: Option<u64>) -> Option<MakeAction> {
     let Some(doing) = doing else {
         let older = vm.is_none_or(|made_for| made_for <= generation);
         return older.then_some(Action::Restart);
@@ -161,14 +171,30 @@ fn shall_restart(generation: u64, doing: Option<Doing>, vm: Option<u64>) -> Opti
     match doing.job {
         _ if doing.generation > generation => None,
         // It is up, and a script that nobody waits for still runs.
-        Some(Job::Start) if doing.generation < generation => Some(Action::Restart),
+        Some(Job::Start | Job::Save) if doing.generation < generation => Some(Action::Restart),
         Some(_) => None,
         None if doing.settled && doing.generation == generation => None,
         None => Some(Action::Restart),
     }
 }
 
-fn shall_go(generation: u64, doing: Option<Doing>) -> Option<MakeAction> {
+/// Once for each save, and not before the controller knows that we know of it.
+fn shall_be_saved(wanted: &DesiredInstance, doing: Option<&Doing>) -> Option<MakeAction> {
+    let order = wanted.save.as_ref().filter(|order| order.go)?;
+    let Some(doing) = doing else {
+        return Some(Action::Save);
+    };
+    match doing.job {
+        _ if doing.generation > wanted.generation => None,
+        // It is up, and a script that nobody waits for still runs.
+        Some(Job::Start) if doing.settled => Some(Action::Save),
+        Some(_) => None,
+        None if doing.saved.as_ref() == Some(&order.id) => None,
+        None => Some(Action::Save),
+    }
+}
+
+fn shall_go(generation: u64, doing: Option<&Doing>) -> Option<MakeAction> {
     match doing {
         Some(doing) if doing.generation > generation => None,
         Some(doing) if doing.job == Some(Job::Delete) => None,

@@ -50,6 +50,55 @@ pub struct Record {
     pub script: Option<ScriptResult>,
     /// The VM as last seen.
     pub vm: Option<VmFacts>,
+    /// The newest save of it.
+    #[serde(default)]
+    pub saving: Option<Saving>,
+}
+
+/// How far a save got. Written before the step that it names, but for results.
+///
+/// ```text
+/// (begun) -> script_begun -> script: result -> stopping -> built -> Pushed
+///       \__________\______________\____________\_________\___ Failed
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Saving {
+    /// Which.
+    pub id: String,
+    /// Its script may have begun: it never runs again.
+    pub script_begun: bool,
+    /// How it ended.
+    pub script: Option<ScriptResult>,
+    /// The VM may be stopped for it.
+    pub stopping: bool,
+    /// The disk to be pushed is whole, and of this format.
+    pub built: Option<String>,
+    /// How it ended.
+    pub end: Option<SavingEnd>,
+}
+
+/// How a save ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SavingEnd {
+    /// The tag was seen visible.
+    Pushed,
+    /// Why there is none.
+    Failed(String),
+}
+
+impl Saving {
+    /// One that begins now.
+    pub fn begin(id: &str) -> Self {
+        Self {
+            id: id.to_owned(),
+            script_begun: false,
+            script: None,
+            stopping: false,
+            built: None,
+            end: None,
+        }
+    }
 }
 
 impl Record {
@@ -64,7 +113,21 @@ impl Record {
             script_begun: false,
             script: None,
             vm: None,
+            saving: None,
         }
+    }
+    /// With this save, from where it was left if it was begun before.
+    pub fn saving(self, id: &str) -> Self {
+        let begun = self.saving.filter(|saving| saving.id == id);
+        Self {
+            saving: Some(begun.unwrap_or_else(|| Saving::begin(id))),
+            ..self
+        }
+    }
+    /// The save that has ended, if any has.
+    pub fn saved(&self) -> Option<&str> {
+        let saving = self.saving.as_ref().filter(|s| s.end.is_some())?;
+        Some(&saving.id)
     }
     /// The same disk at a newer generation: to be started again, without its script.
     pub fn again(self, generation: u64) -> Self {

@@ -3,11 +3,11 @@
 //! any two steps the agent may die. For simulations of thousands of nodes in virtual time.
 //!
 //! The order of steps is that of `task` and must stay so: what is on disk before what is done, what is
-//! done before what is said. Scripts are not rehearsed.
+//! done before what is said; of saves that of `save`. Scripts are not rehearsed.
 
 use super::Action;
 use super::board::Board;
-use super::record::{Record, Stage};
+use super::record::{Record, Saving, SavingEnd, Stage};
 use super::task::resume;
 use crate::driver::VmSeen;
 use crate::wire::{DesiredInstance, DesiredSet, Observed, VmFacts};
@@ -33,12 +33,15 @@ pub enum Did {
     Made,
     /// One is no longer there.
     Removed,
+    /// Nothing, but a disk is now with a registry, which makes a tag of it for the save of the instance.
+    Pushed,
 }
 
 /// A piece of work between two steps.
 #[derive(Debug)]
 enum Work {
     Start(Box<Start>),
+    Save(Box<Save>),
     Delete {
         ticket: u64,
         gone_at: u64,
@@ -64,6 +67,29 @@ struct Start {
     /// Its VM is started again: whatever goes wrong, it stays.
     again: bool,
     next: Next,
+}
+
+#[derive(Debug)]
+struct Save {
+    ticket: u64,
+    id: String,
+    record: Record,
+    next: SaveNext,
+}
+
+/// The next step of a save.
+#[derive(Debug)]
+enum SaveNext {
+    /// Whatever is done while the VM runs.
+    Prepare,
+    /// Write down that it may be stopped.
+    Stopping,
+    Stop,
+    Build,
+    Push,
+    /// See the tag visible.
+    Wait,
+    Settle(SavingEnd),
 }
 
 /// The next step of a start.
@@ -117,6 +143,7 @@ impl Rehearsal {
             match action {
                 Action::Start(id) => self.start(&id),
                 Action::Restart(id) => self.start_again(&id),
+                Action::Save(id) => self.save(&id),
                 Action::Delete(id) => self.delete(&id),
                 Action::Cancel(id) | Action::Forget(id) => self.forget(&id),
             }
@@ -172,6 +199,88 @@ impl Rehearsal {
             .insert(id.to_owned(), Work::Start(Box::new(start)));
     }
 
+    fn save(&mut self, id: &str) {
+        let Some(wish) = self.board.wish(id).cloned() else {
+            return;
+        };
+        let Some(order) = &wish.save else {
+            return;
+        };
+        let begun = self.board.begin_save(&wish, &order.id);
+        let saving = begun.record.saving.as_ref();
+        let next = match saving.is_some_and(|s| s.stopping) {
+            true => SaveNext::Stop,
+            false => SaveNext::Prepare,
+        };
+        let save = Save {
+            ticket: begun.ticket,
+            id: id.to_owned(),
+            record: begun.record,
+            next,
+        };
+        self.work.insert(id.to_owned(), Work::Save(Box::new(save)));
+    }
+
+    /// The save of an instance that waits for its tag to be visible.
+    pub fn awaited(&self, id: &str) -> Option<&str> {
+        match self.work.get(id) {
+            Some(Work::Save(save)) if matches!(save.next, SaveNext::Wait) => {
+                Some(save.record.saving.as_ref()?.id.as_str())
+            }
+            _ => None,
+        }
+    }
+
+    fn step_save(&mut self, mut save: Save, how: How) -> Did {
+        let mut did = Did::Nothing;
+        let failed = |why: &str| SaveNext::Settle(SavingEnd::Failed(why.to_owned()));
+        let now = std::mem::replace(&mut save.next, SaveNext::Prepare);
+        save.next = match now {
+            SaveNext::Prepare if how == How::Well => SaveNext::Stopping,
+            SaveNext::Prepare => failed("script exit code 1"),
+            SaveNext::Stopping => {
+                self.note_saving(&mut save, |saving| saving.stopping = true);
+                SaveNext::Stop
+            }
+            SaveNext::Stop => {
+                self.stop_vm(&save.id);
+                SaveNext::Build
+            }
+            SaveNext::Build if !self.vms.contains_key(&save.id) => failed("there is no VM"),
+            SaveNext::Build if how == How::Well => {
+                self.note_saving(&mut save, |s| s.built = Some("qcow2".to_owned()));
+                SaveNext::Push
+            }
+            SaveNext::Build => failed("no room"),
+            SaveNext::Push => {
+                did = Did::Pushed;
+                SaveNext::Wait
+            }
+            SaveNext::Wait => match how {
+                How::Well => SaveNext::Settle(SavingEnd::Pushed),
+                How::Busy => SaveNext::Push,
+                How::Failed => failed("the tag is taken"),
+            },
+            SaveNext::Settle(end) => {
+                self.note_saving(&mut save, |saving| saving.end = Some(end));
+                self.board.release(&save.id, save.ticket);
+                return did;
+            }
+        };
+        self.work
+            .insert(save.id.clone(), Work::Save(Box::new(save)));
+        did
+    }
+
+    /// On disk, then on the board.
+    fn note_saving(&mut self, save: &mut Save, change: impl FnOnce(&mut Saving)) {
+        if let Some(saving) = &mut save.record.saving {
+            change(saving);
+        }
+        self.records.insert(save.id.clone(), save.record.clone());
+        self.board.show(save.ticket, &save.record);
+    }
+
     fn delete(&mut self, id: &str) {
         let Some(wish) = self.board.wish(id).cloned() else {
             return;
@@ -207,6 +316,7 @@ impl Rehearsal {
         match self.work.remove(id) {
             None => Did::Nothing,
             Some(Work::Start(start)) => self.step_start(*start, how),
+            Some(Work::Save(save)) => self.step_save(*save, how),
             Some(Work::Delete {
                 ticket,
                 gone_at,

@@ -9,7 +9,7 @@ use super::board::{Again, Begun, Ending};
 use super::executor::Inner;
 use super::record::{Record, Stage};
 use crate::cache::{CacheError, Image};
-use crate::driver::{DriverError, VmSeen, VmSpec};
+use crate::driver::{DriverError, OUTPUT_KEPT, VmSeen, VmSpec};
 use crate::wire::{DesiredInstance, Script, ScriptResult, VmFacts};
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,6 +87,7 @@ pub(super) async fn restart(inner: Arc<Inner>, wish: DesiredInstance, again: Aga
 pub(super) async fn delete(inner: Arc<Inner>, id: String, ending: Ending) {
     break_off(ending.before).await;
     remove_vm(&inner, &id).await;
+    inner.saves.remove(&id).await;
     remove_record(&inner, &id).await;
     let (ticket, gone_at) = (ending.ticket, ending.gone_at);
     inner.board.lock().removed(&id, ticket, gone_at);
@@ -100,6 +101,7 @@ pub(super) async fn forget(inner: Arc<Inner>, id: String, ending: Ending) {
     if begun {
         // It may have been broken off between the VM and the news of it.
         look(&inner, &id).await;
+        inner.saves.remove(&id).await;
     }
     if !inner.board.lock().vms.contains_key(&id) {
         remove_record(&inner, &id).await;
@@ -127,7 +129,7 @@ async fn look(inner: &Inner, id: &str) {
     }
 }
 
-async fn break_off(before: Option<JoinHandle<()>>) {
+pub(super) async fn break_off(before: Option<JoinHandle<()>>) {
     if let Some(task) = before {
         task.abort();
         // Only once it has really stopped can it do no more.
@@ -135,7 +137,7 @@ async fn break_off(before: Option<JoinHandle<()>>) {
     }
 }
 
-fn release(inner: &Inner, id: &str, ticket: u64) {
+pub(super) fn release(inner: &Inner, id: &str, ticket: u64) {
     inner.board.lock().release(id, ticket);
     inner.report();
     inner.wake.notify_one();
@@ -297,7 +299,11 @@ impl Starter {
             }
             self.ready(!script.at_boot).await?;
             self.script_begins().await?;
-            match self.inner.driver.run_script(&self.wish.id, script).await {
+            let run = self
+                .inner
+                .driver
+                .run_script(&self.wish.id, script, OUTPUT_KEPT);
+            match run.await {
                 Ok(result) => self.record.script = Some(result),
                 Err(error) => {
                     let why = format!("startup script could not be run: {error}");
@@ -325,7 +331,7 @@ impl Starter {
         }
         let (inner, id) = (Arc::clone(&self.inner), self.wish.id.clone());
         let run = async move {
-            if fresh && let Err(error) = inner.driver.run_script(&id, script).await {
+            if fresh && let Err(error) = inner.driver.run_script(&id, script, OUTPUT_KEPT).await {
                 tracing::warn!(instance = id, %error, "startup script could not be run");
             }
         };

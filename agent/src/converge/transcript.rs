@@ -2,7 +2,7 @@
 //! One line each; the whole table is compared, so that a changed rule shows as a changed line.
 
 use super::{Action, Doing, Job, plan};
-use crate::wire::{DesiredInstance, DesiredSet};
+use crate::wire::{DesiredInstance, DesiredSet, SaveOrder};
 use std::collections::BTreeMap;
 
 const TRANSCRIPT: &str = "\
@@ -62,6 +62,27 @@ again 5 | 5 start        | v4 | nothing
 again 5 | 5 up           | v5 | nothing
 again 5 | 5 cancel       | v5 | nothing
 again 5 | 6 up           | v6 | nothing
+save 5  | -              | -  | save
+save 5  | -              | v5 | save
+save 5  | 5 up           | v5 | save
+save 5  | 5 up           | -  | save
+save 5  | 5 start        | v5 | nothing
+save 5  | 5 start,up     | v5 | save
+save 5  | 5 save,up      | v5 | nothing
+save 5  | 5 cancel,up    | v5 | nothing
+save 5  | 5 delete       | v5 | nothing
+save 5  | 5 up,saved     | v5 | nothing
+save 5  | 5 up,other     | v5 | save
+save 5  | 6 up           | v6 | nothing
+wait 5  | 5 up           | v5 | nothing
+wait 5  | -              | v5 | nothing
+-       | 5 save,up      | v5 | cancel
+run 5   | 5 save,up      | v5 | cancel
+run 5   | 5 up,saved     | v5 | nothing
+keep 6  | 5 save,up      | v5 | cancel
+again 6 | 5 save,up      | v5 | restart
+again 6 | 5 up,saved     | v5 | restart
+stop 6  | 5 save,up      | v5 | delete
 stop 5  | -              | -  | delete
 stop 5  | -              | v4 | delete
 stop 5  | 4 start        | -  | delete
@@ -81,8 +102,13 @@ fn wanted(text: &str) -> DesiredSet {
             id: "i".to_owned(),
             generation: generation.parse().unwrap(),
             run: verb != "stop",
-            keep: verb == "keep" || verb == "again",
+            keep: ["keep", "again", "save", "wait"].contains(&verb),
             restart: verb == "again",
+            save: ["save", "wait"].contains(&verb).then(|| SaveOrder {
+                id: "s".to_owned(),
+                go: verb == "save",
+                ..SaveOrder::default()
+            }),
             ..DesiredInstance::default()
         }],
     };
@@ -103,6 +129,9 @@ fn doing(text: &str) -> BTreeMap<String, Doing> {
     for word in words.split(',') {
         match word {
             "start" => doing.job = Some(Job::Start),
+            "save" => doing.job = Some(Job::Save),
+            "saved" => doing.saved = Some("s".to_owned()),
+            "other" => doing.saved = Some("before".to_owned()),
             "cancel" => doing.job = Some(Job::Cancel),
             "delete" => doing.job = Some(Job::Delete),
             "up" => doing.settled = true,
@@ -126,6 +155,7 @@ fn say(actions: &[Action]) -> &'static str {
         [] => "nothing",
         [Action::Start(_)] => "start",
         [Action::Restart(_)] => "restart",
+        [Action::Save(_)] => "save",
         [Action::Cancel(_)] => "cancel",
         [Action::Delete(_)] => "delete",
         [Action::Forget(_)] => "forget",
@@ -153,7 +183,13 @@ fn every_situation_has_its_action() {
 /// Nothing that the controller does not name is ever deleted, whatever else is the case.
 #[test]
 fn nothing_unnamed_is_deleted() {
-    let jobs = [None, Some(Job::Start), Some(Job::Cancel), Some(Job::Delete)];
+    let jobs = [
+        None,
+        Some(Job::Start),
+        Some(Job::Cancel),
+        Some(Job::Save),
+        Some(Job::Delete),
+    ];
     for job in jobs {
         for bits in 0..4 {
             for vm in [None, Some(3), Some(5), Some(9)] {
@@ -162,10 +198,11 @@ fn nothing_unnamed_is_deleted() {
                     job,
                     settled: bits & 1 == 1,
                     gone: bits & 2 == 2,
+                    saved: None,
                 };
                 let actions = plan(
                     &DesiredSet::default(),
-                    &BTreeMap::from([("i".to_owned(), doing)]),
+                    &BTreeMap::from([("i".to_owned(), doing.clone())]),
                     &vm.map(|g| ("i".to_owned(), g)).into_iter().collect(),
                 );
                 assert!(

@@ -2,9 +2,9 @@
 
 use super::Job;
 use super::board::{Local, Step};
-use super::record::Stage;
+use super::record::{SavingEnd, Stage};
 use crate::driver::VmSeen;
-use crate::wire::{DesiredInstance, Observed, VmFacts};
+use crate::wire::{DesiredInstance, Observed, SaveOrder, SaveSeen, VmFacts};
 
 /// The observation, if there is something to say: while something is on its way out, nothing is.
 pub(super) fn observe(
@@ -13,6 +13,11 @@ pub(super) fn observe(
     local: Option<&Local>,
     vm: Option<&VmSeen>,
 ) -> Option<Observed> {
+    if let Some(wish) = wanted.filter(|w| w.run)
+        && let Some(order) = &wish.save
+    {
+        return Some(saved(wish, order, local, vm));
+    }
     if let Some(kept) = wanted.filter(|w| w.run && w.keep && !w.restart) {
         return kept_as_is(kept, local, vm);
     }
@@ -32,7 +37,7 @@ pub(super) fn observe(
                 progress,
                 ..say(id, local.generation, "pulling", "")
             },
-            Step::Starting => say(id, local.generation, "starting", ""),
+            Step::Starting | Step::Pushing(_) => say(id, local.generation, "starting", ""),
         });
     };
     let (phase, message) = match (&record.stage, vm) {
@@ -59,6 +64,48 @@ pub(super) fn observe(
         script: record.script.clone(),
         ..say(id, local.generation, phase, message)
     })
+}
+
+/// A VM whose disk becomes a tag, and how far that is. That it does not run is no news once it may have been
+/// stopped for that.
+fn saved(
+    wish: &DesiredInstance,
+    order: &SaveOrder,
+    local: Option<&Local>,
+    vm: Option<&VmSeen>,
+) -> Observed {
+    let record = local.and_then(|l| l.record.as_ref());
+    let saving = record.and_then(|r| r.saving.as_ref());
+    let saving = saving.filter(|saving| saving.id == order.id);
+    let stopping = saving.is_some_and(|s| s.stopping);
+    let (phase, message) = match vm {
+        None => ("gone", ""),
+        Some(_) if stopping => ("stopped", ""),
+        Some(vm) => by_status(vm),
+    };
+    let (said, why) = match saving.and_then(|s| s.end.as_ref()) {
+        None => ("begun", ""),
+        Some(SavingEnd::Pushed) => ("pushed", ""),
+        Some(SavingEnd::Failed(why)) => ("failed", why.as_str()),
+    };
+    let told = saving.and_then(|s| s.script.clone());
+    let progress = match local.map(|l| l.step) {
+        Some(Step::Pushing(part)) => part,
+        _ => 0.0,
+    };
+    Observed {
+        vm: vm.map(|vm| vm.facts.clone()),
+        script: record.and_then(|r| r.script.clone()),
+        save: Some(SaveSeen {
+            id: order.id.clone(),
+            phase: said.to_owned(),
+            message: why.to_owned(),
+            stopped: stopping,
+            script: told.filter(|_| !order.script_known),
+            progress,
+        }),
+        ..say(&wish.id, wish.generation, phase, message)
+    }
 }
 
 /// What is there, told at the generation at which it was last named.

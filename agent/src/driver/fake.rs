@@ -63,6 +63,8 @@ pub enum Verb {
     Suspend,
     /// [`Driver::stop`].
     Stop,
+    /// [`Driver::export`].
+    Export,
     /// [`Driver::delete`].
     Delete,
 }
@@ -291,7 +293,12 @@ impl Driver for FakeDriver {
         })?
     }
 
-    async fn run_script(&self, id: &str, script: &Script) -> Result<ScriptResult, DriverError> {
+    async fn run_script(
+        &self,
+        id: &str,
+        script: &Script,
+        keep: usize,
+    ) -> Result<ScriptResult, DriverError> {
         self.fault(Verb::Script)?;
         let body = base64::engine::general_purpose::STANDARD.decode(&script.body);
         let body =
@@ -320,8 +327,8 @@ impl Driver for FakeDriver {
                 _ => {}
             }
         }
-        out.stdout = kept_output(&out.stdout).to_owned();
-        out.stderr = kept_output(&out.stderr).to_owned();
+        out.stdout = kept_output(&out.stdout, keep).to_owned();
+        out.stderr = kept_output(&out.stderr, keep).to_owned();
         self.running(id)?;
         Ok(out)
     }
@@ -377,6 +384,24 @@ impl Driver for FakeDriver {
                 vm.message = "the VM was stopped".into();
             }
         })
+    }
+
+    async fn export_bytes(&self, id: &str) -> Result<u64, DriverError> {
+        self.get(id)?;
+        Ok(1 << 10)
+    }
+
+    /// The disk of a VM that exists only in memory is a word about it.
+    async fn export(&self, id: &str, dest: &Path) -> Result<String, DriverError> {
+        self.fault(Verb::Export)?;
+        let vm = self.get(id)?;
+        if vm.facts.status == "running" {
+            return Err(DriverError::Failed(format!("VM {id} runs")));
+        }
+        let disk = format!("disk of {}", vm.facts.uuid);
+        let write = std::fs::write(dest, disk);
+        write.map_err(|e| DriverError::Busy(format!("cannot write {}: {e}", dest.display())))?;
+        Ok("raw".to_owned())
     }
 
     async fn delete(&self, id: &str) -> Result<(), DriverError> {

@@ -101,8 +101,14 @@ pub trait Driver: Send + Sync + 'static {
     /// saved memory has been given randomness, time and a name of its own by then. If that does not work out,
     /// it is booted from its base, and the facts say why.
     async fn ready(&self, id: &str, need_network: bool) -> Result<VmFacts, DriverError>;
-    /// Run a script in the guest and wait for its end, or for its timeout.
-    async fn run_script(&self, id: &str, script: &Script) -> Result<ScriptResult, DriverError>;
+    /// Run a script in the guest and wait for its end, or for its timeout. Of each of its outputs the last
+    /// `keep` bytes are kept.
+    async fn run_script(
+        &self,
+        id: &str,
+        script: &Script,
+        keep: usize,
+    ) -> Result<ScriptResult, DriverError>;
     /// End the VM's process at once and start it again on the same disk, at `generation`, with the same
     /// ports where they are still free; returns once its process runs. A VM that was restarted to this
     /// generation and runs is left as it is. Failed if there is no VM; whatever goes wrong, its disk stays.
@@ -113,18 +119,27 @@ pub trait Driver: Send + Sync + 'static {
     async fn suspend(&self, id: &str, into: &Path) -> Result<Suspended, DriverError>;
     /// Stop it (ask, then force). Nothing to do if it does not run.
     async fn stop(&self, id: &str) -> Result<(), DriverError>;
+    /// Most bytes that [`Driver::export`] would write.
+    async fn export_bytes(&self, id: &str) -> Result<u64, DriverError>;
+    /// Write a disk to `dest`, durably, that stands by itself and reads as the VM's does; what is at `dest`
+    /// is replaced. It is as like the VM's base, byte by byte, as can be: only what the VM wrote differs. Its
+    /// format: `qcow2` or `raw`. Failed if the VM runs; its own disk, and its base, are only read.
+    async fn export(&self, id: &str, dest: &Path) -> Result<String, DriverError>;
     /// Remove it with everything of it. Its disk goes with it, so a running guest is not asked to
     /// shut down first; call `stop` before to let it. Nothing to do if it does not exist.
     async fn delete(&self, id: &str) -> Result<(), DriverError>;
 }
 
-/// Bytes of a script's output that are kept, from its end: every heartbeat tells them again, and
+/// Bytes of a startup script's output that are kept, from its end: every heartbeat tells them again, and
 /// the controller's state keeps no more.
 pub const OUTPUT_KEPT: usize = 64 << 10;
 
-/// The end of a script's output that is kept.
-fn kept_output(text: &str) -> &str {
-    let from = text.len().saturating_sub(OUTPUT_KEPT);
+/// The same of a script that runs before a save: it is told until the controller knows it, and no longer.
+pub const SAVE_OUTPUT_KEPT: usize = 1 << 20;
+
+/// The last `keep` bytes of a script's output.
+fn kept_output(text: &str, keep: usize) -> &str {
+    let from = text.len().saturating_sub(keep);
     &text[text.ceil_char_boundary(from)..]
 }
 

@@ -134,6 +134,8 @@ pub struct PublishRequest {
     pub durability: Durability,
     /// Seconds to wait for that before the answer, at most 30.
     pub wait: u32,
+    /// Id of an open save: its template, tag, description, architecture and ports count, not those above. Empty: none.
+    pub save: String,
 }
 
 /// A tag.

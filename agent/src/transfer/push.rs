@@ -50,6 +50,8 @@ pub struct PushSpec {
     pub durability: Durability,
     /// How long to wait for that.
     pub wait: Duration,
+    /// For this save: then the cluster knows what the tag is called and what is said of it. Empty: for none.
+    pub save: String,
 }
 
 /// What became of a push.
@@ -153,6 +155,7 @@ async fn push_to(
         forwards: spec.forwards.clone(),
         durability: spec.durability,
         wait: 0,
+        save: spec.save.clone(),
     };
     let mut pauses = PAUSES_MS.iter();
     loop {

@@ -6,4 +6,5 @@
 mod ahead;
 mod life;
 mod links;
+mod saves;
 mod stub;

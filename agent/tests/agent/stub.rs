@@ -15,7 +15,8 @@ use mainstay_agent::converge::executor::{Executor, Settings};
 use mainstay_agent::driver::Driver;
 use mainstay_agent::driver::fake::{FakeConfig, FakeDriver};
 use mainstay_agent::sync::SyncConfig;
-use mainstay_agent::transfer::{FileEntry, Manifest, TransferError};
+use mainstay_agent::transfer::api::TagInfo;
+use mainstay_agent::transfer::{FileEntry, Manifest, PushSpec, TransferError};
 use mainstay_agent::wire::*;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -62,6 +63,22 @@ impl Cluster {
             Ok(report) => report.unwrap().clone(),
             Err(_) => panic!("never reported: {what}; last: {:#?}", self.reports.borrow()),
         }
+    }
+
+    /// Waits until what is said of the save of `id` meets `met`; what is said of the instance then.
+    pub(crate) async fn saving(
+        &self,
+        id: &str,
+        what: &str,
+        met: impl Fn(&SaveSeen) -> bool,
+    ) -> Observed {
+        let of = |r: &Report| {
+            let seen = r.observed.iter().find(|o| o.id == id)?.clone();
+            seen.save.as_ref().is_some_and(&met).then_some(seen)
+        };
+        let what = format!("save of {id}: {what}");
+        let report = self.reported(&what, |r| of(r).is_some()).await;
+        of(&report).unwrap()
     }
 
     /// Waits until `id` is reported in `phase`.
@@ -204,14 +221,40 @@ async fn report(State(port): State<Port>, Json(report): Json<Report>) -> Respons
     .into_response()
 }
 
-/// Images whose tag is in `held` do not arrive; those whose tag begins with `endless` fit on no disk.
+/// Images whose tag is in `held` do not arrive, nor do those that are delivered under it; those whose tag begins with
+/// `endless` fit on no disk.
 #[derive(Default)]
 pub(crate) struct Images {
     pub(crate) held: watch::Sender<BTreeSet<String>>,
+    /// Why the next deliveries come to nothing.
+    pub(crate) refusals: Mutex<Vec<TransferError>>,
+    /// The save and the bytes of each delivery.
+    pub(crate) delivered: watch::Sender<Vec<(String, String)>>,
 }
 
 #[async_trait]
 impl Fetch for Images {
+    async fn deliver(
+        &self,
+        disk: &Path,
+        spec: &PushSpec,
+        told: &Told<'_>,
+    ) -> Result<TagInfo, TransferError> {
+        told(250, 1000);
+        let mut held = self.held.subscribe();
+        held.wait_for(|h| !h.contains(&spec.tag)).await.unwrap();
+        if let Some(error) = self.refusals.lock().unwrap().pop() {
+            return Err(error);
+        }
+        let bytes = std::fs::read_to_string(disk)?;
+        self.delivered
+            .send_modify(|all| all.push((spec.save.clone(), bytes)));
+        Ok(TagInfo {
+            visible: true,
+            ..TagInfo::default()
+        })
+    }
+
     async fn fetch(
         &self,
         image: &ImageRef,
@@ -346,6 +389,21 @@ pub(crate) fn again(wish: DesiredInstance) -> DesiredInstance {
     }
 }
 
+/// To be saved as tag `v2`.
+pub(crate) fn save(wish: DesiredInstance, id: &str, go: bool) -> DesiredInstance {
+    DesiredInstance {
+        keep: true,
+        save: Some(SaveOrder {
+            id: id.to_owned(),
+            go,
+            template: "debian".to_owned(),
+            tag: "v2".to_owned(),
+            ..SaveOrder::default()
+        }),
+        ..wish
+    }
+}
+
 pub(crate) fn stop(id: &str, generation: u64) -> DesiredInstance {
     DesiredInstance {
         run: false,
@@ -353,16 +411,20 @@ pub(crate) fn stop(id: &str, generation: u64) -> DesiredInstance {
     }
 }
 
-/// `body` is in the fake driver's language.
+/// `body` is in the fake driver's language. Of an instance that is to be saved it is the script before that.
 pub(crate) fn script(mut instance: DesiredInstance, body: &str, on_failure: u8) -> DesiredInstance {
     use base64::Engine as _;
-    instance.script = Some(Script {
+    let script = Script {
         body: base64::engine::general_purpose::STANDARD.encode(body),
         monitored: true,
         timeout_s: 60,
         at_boot: false,
         on_failure,
-    });
+    };
+    match &mut instance.save {
+        Some(order) => order.script = Some(script),
+        None => instance.script = Some(script),
+    }
     instance
 }
 

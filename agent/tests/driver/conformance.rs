@@ -1,7 +1,7 @@
 //! What every driver must do. Timings differ, states do not.
 
 use base64::Engine as _;
-use mainstay_agent::driver::{Driver, DriverError, VmSeen, VmSpec};
+use mainstay_agent::driver::{Driver, DriverError, OUTPUT_KEPT, VmSeen, VmSpec};
 use mainstay_agent::wire::{PortRule, Script, VmFacts};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,6 +16,8 @@ pub(crate) trait Rig: Sync {
     async fn kill(&self, id: &str);
     /// A disk to start from.
     fn base(&self) -> PathBuf;
+    /// A folder for what is written.
+    fn scratch(&self) -> PathBuf;
 }
 
 pub(crate) fn spec(id: &str, base: &Path) -> VmSpec {
@@ -70,7 +72,7 @@ async fn nothing_there(rig: &dyn Rig) {
     assert!(driver.suspend("none", &std::env::temp_dir()).await.is_err());
     assert!(
         driver
-            .run_script("none", &script("exit 0", 5))
+            .run_script("none", &script("exit 0", 5), OUTPUT_KEPT)
             .await
             .is_err()
     );
@@ -118,7 +120,7 @@ async fn life(rig: &dyn Rig) {
     assert_eq!(driver.start(&wanted).await.unwrap(), ready);
     assert_eq!(driver.ready("life", true).await.unwrap(), ready);
     let again = driver
-        .run_script("life", &script("echo again", 60))
+        .run_script("life", &script("echo again", 60), OUTPUT_KEPT)
         .await
         .unwrap();
     assert_eq!((again.return_code, again.stdout.as_str()), (0, "again\n"));
@@ -134,8 +136,14 @@ async fn life(rig: &dyn Rig) {
         "left as it is"
     );
     assert!(driver.ready("life", false).await.is_err());
+    exports(&*driver, &rig.scratch()).await;
     let again = driver.restart("life", 14).await.unwrap();
     assert_eq!(again.status, "running", "a stopped one is started again");
+    let running = driver.export("life", &rig.scratch().join("disk")).await;
+    assert!(
+        matches!(running, Err(DriverError::Failed(_))),
+        "{running:?}"
+    );
 
     driver.delete("life").await.unwrap();
     assert!(driver.list().await.unwrap().is_empty());
@@ -159,9 +167,25 @@ async fn restarts(driver: &dyn Driver, before: &VmFacts) -> VmFacts {
     ready
 }
 
+/// A stopped VM's disk, as often as it is asked for; the VM stays as it is.
+async fn exports(driver: &dyn Driver, scratch: &Path) {
+    let disk = scratch.join("disk");
+    std::fs::write(&disk, "half of one").unwrap();
+    let most = driver.export_bytes("life").await.unwrap();
+    let format = driver.export("life", &disk).await.unwrap();
+    assert!(["qcow2", "raw"].contains(&format.as_str()), "{format}");
+    let first = std::fs::read(&disk).unwrap();
+    assert!(first.len() > 4 && first != b"half of one" && most > 0);
+    assert_eq!(driver.export("life", &disk).await.unwrap(), format);
+    assert_eq!(std::fs::read(&disk).unwrap(), first);
+    assert_eq!(only(driver).await.facts.status, "stopped");
+    assert!(driver.export("none", &disk).await.is_err());
+    assert!(driver.export_bytes("none").await.is_err());
+}
+
 async fn scripts(driver: &dyn Driver) {
     let good = driver
-        .run_script("life", &script("echo hello\nexit 0", 60))
+        .run_script("life", &script("echo hello\nexit 0", 60), OUTPUT_KEPT)
         .await
         .unwrap();
     assert_eq!((good.return_code, good.did_timeout), (0, false));
@@ -170,7 +194,7 @@ async fn scripts(driver: &dyn Driver) {
         ("hello\n", "")
     );
     let bad = driver
-        .run_script("life", &script("echo no >&2\nexit 7", 60))
+        .run_script("life", &script("echo no >&2\nexit 7", 60), OUTPUT_KEPT)
         .await
         .unwrap();
     assert_eq!(
@@ -179,7 +203,7 @@ async fn scripts(driver: &dyn Driver) {
     );
     let begun = Instant::now();
     let slow = script("echo before\nsleep 300\necho after", 2);
-    let slow = driver.run_script("life", &slow).await.unwrap();
+    let slow = driver.run_script("life", &slow, OUTPUT_KEPT).await.unwrap();
     assert!(slow.did_timeout);
     assert_eq!(slow.stdout, "before\n");
     assert!((Duration::from_secs(2)..Duration::from_secs(100)).contains(&begun.elapsed()));
@@ -187,7 +211,12 @@ async fn scripts(driver: &dyn Driver) {
         body: "!".into(),
         ..script("", 5)
     };
-    assert!(driver.run_script("life", &broken).await.is_err());
+    assert!(
+        driver
+            .run_script("life", &broken, OUTPUT_KEPT)
+            .await
+            .is_err()
+    );
 }
 
 async fn sudden_death(rig: &dyn Rig) {
@@ -202,7 +231,7 @@ async fn sudden_death(rig: &dyn Rig) {
     assert!(silent.contains(&seen.message), "{silent}");
     assert!(
         driver
-            .run_script("victim", &script("exit 0", 5))
+            .run_script("victim", &script("exit 0", 5), OUTPUT_KEPT)
             .await
             .is_err()
     );

@@ -31,6 +31,10 @@ impl Rig for FakeRig {
     fn base(&self) -> PathBuf {
         "/none".into()
     }
+
+    fn scratch(&self) -> PathBuf {
+        self.file.parent().unwrap().to_owned()
+    }
 }
 
 #[tokio::test]

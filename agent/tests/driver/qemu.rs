@@ -3,7 +3,7 @@
 use crate::conformance::{self, Rig, only, script, spec};
 use crate::guest;
 use mainstay_agent::driver::qemu::{QemuConfig, QemuDriver};
-use mainstay_agent::driver::{Driver, DriverError};
+use mainstay_agent::driver::{Driver, DriverError, OUTPUT_KEPT};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -98,6 +98,10 @@ impl Rig for QemuRig {
     fn base(&self) -> PathBuf {
         self.base.clone()
     }
+
+    fn scratch(&self) -> PathBuf {
+        self.state.0.path().to_owned()
+    }
 }
 
 #[tokio::test]
@@ -148,7 +152,14 @@ async fn two_vms_at_once_have_ports_scripts_and_disks_of_their_own() {
     );
     for (id, facts) in [("a", &a), ("b", &b)] {
         let mark = script(&format!("echo disk-of-{id} >/srv/www/mark && sync"), 60);
-        assert_eq!(driver.run_script(id, &mark).await.unwrap().return_code, 0);
+        assert_eq!(
+            driver
+                .run_script(id, &mark, OUTPUT_KEPT)
+                .await
+                .unwrap()
+                .return_code,
+            0
+        );
         let port = facts.port_forwarding[0].host_port;
         fetch_until(port, "/mark", &format!("disk-of-{id}")).await;
         fetch_until(port, "/hostname", "mainstay-guest").await;
@@ -170,7 +181,7 @@ async fn two_vms_at_once_have_ports_scripts_and_disks_of_their_own() {
 async fn demanding_scripts(driver: &QemuDriver) {
     let run = async |text: &str, seconds: u32| {
         driver
-            .run_script("a", &script(text, seconds))
+            .run_script("a", &script(text, seconds), OUTPUT_KEPT)
             .await
             .unwrap()
     };
@@ -254,11 +265,37 @@ async fn interrupted_restarts(state: &State, driver: QemuDriver) {
     assert_eq!(again.port_forwarding, ports);
     driver.ready("a", true).await.unwrap();
     let mark = script("cat /srv/www/mark", 60);
-    let mark = driver.run_script("a", &mark).await.unwrap();
+    let mark = driver.run_script("a", &mark, OUTPUT_KEPT).await.unwrap();
     assert_eq!(mark.stdout, "disk-of-a\n");
+    a_saved_disk_starts_others(state, &driver).await;
     driver.delete("a").await.unwrap();
     driver.delete("b").await.unwrap();
     assert!(driver.list().await.unwrap().is_empty());
+}
+
+/// What a VM wrote is in its saved disk, which needs no other and is its base but for that; the base and the VM's
+/// own disk are as they were.
+async fn a_saved_disk_starts_others(state: &State, driver: &QemuDriver) {
+    let base = std::fs::read(guest::tiny()).unwrap();
+    driver.stop("a").await.unwrap();
+    let overlay = state.vm("a").join("overlay.qcow2");
+    let before = std::fs::read(&overlay).unwrap();
+    let disk = state.0.path().canonicalize().unwrap().join("saved.qcow2");
+    assert_eq!(driver.export("a", &disk).await.unwrap(), "qcow2");
+    assert!(std::fs::read(&overlay).unwrap() == before, "only read");
+    assert!(std::fs::read(guest::tiny()).unwrap() == base, "only read");
+    let saved = std::fs::read(&disk).unwrap();
+    let chunks = |bytes: &[u8]| bytes.chunks(64 << 10).map(<[u8]>::to_vec).collect();
+    let known: std::collections::HashSet<Vec<u8>> = chunks(&base);
+    let new = chunks(&saved).difference(&known).count();
+    let all = saved.len() / (64 << 10);
+    assert!(new * 3 < all, "{new} of {all} chunks are new");
+    driver.start(&spec("copy", &disk)).await.unwrap();
+    driver.ready("copy", true).await.unwrap();
+    let mark = script("cat /srv/www/mark", 60);
+    let mark = driver.run_script("copy", &mark, OUTPUT_KEPT).await.unwrap();
+    assert_eq!(mark.stdout, "disk-of-a\n");
+    driver.delete("copy").await.unwrap();
 }
 
 #[tokio::test]

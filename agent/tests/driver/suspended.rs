@@ -5,7 +5,7 @@ use crate::conformance::{only, script, spec};
 use crate::guest;
 use crate::qemu::{State, fetch_until};
 use mainstay_agent::driver::qemu::QemuDriver;
-use mainstay_agent::driver::{Driver, Suspended, VmSpec};
+use mainstay_agent::driver::{Driver, OUTPUT_KEPT, Suspended, VmSpec};
 use mainstay_agent::wire::VmFacts;
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt as _;
@@ -19,7 +19,10 @@ const RAM_MB: u32 = 128;
 const ALIVE: &str = "/tmp/alive";
 
 async fn run(driver: &QemuDriver, id: &str, text: &str) -> String {
-    let ended = driver.run_script(id, &script(text, 120)).await.unwrap();
+    let ended = driver
+        .run_script(id, &script(text, 120), OUTPUT_KEPT)
+        .await
+        .unwrap();
     assert_eq!(ended.return_code, 0, "{text}: {ended:?}");
     ended.stdout.trim().to_owned()
 }

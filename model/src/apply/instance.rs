@@ -1,7 +1,7 @@
 //! Start, update, terminate, forget: what callers and the clean-up do to instances. What nodes
 //! say about them is `observe`, where they go is `bind`.
 
-use super::{Applied, check};
+use super::{Applied, check, save};
 use crate::ids::{InstanceId, NodeId};
 use crate::instance::{Instance, InstanceState, StartRequest, Value};
 use crate::limits::{self, clip};
@@ -144,7 +144,9 @@ pub(super) fn terminate(state: &mut State, id: &InstanceId) -> Applied {
         return Ok(Outcome::Done);
     }
     let vm_gone = instance.vm_gone;
-    match instance.node.clone() {
+    save::abandon(state, id, "the instance was terminated");
+    let node = state.instances.get(id).and_then(|i| i.node.clone());
+    match node {
         // Never had a VM: stays Terminating until it is forgotten.
         None => end(state, id, InstanceState::Terminating),
         #[cfg(feature = "seeded-bugs")]
@@ -223,6 +225,7 @@ pub(super) fn end_unseen(state: &mut State, id: &InstanceId) {
 
 /// A live instance fails. It keeps its node and what was known of its VM.
 pub(super) fn fail(state: &mut State, id: &InstanceId, message: &str) {
+    save::abandon(state, id, &format!("the instance failed: {message}"));
     state.edit_instance(id, |i| {
         i.state = InstanceState::Error;
         i.message = Some(clip(message, limits::TEXT_BYTES));

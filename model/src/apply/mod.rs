@@ -12,6 +12,7 @@ mod instance;
 mod member;
 mod node;
 mod observe;
+pub(crate) mod save;
 mod template;
 
 use crate::command::{Addition, Command};
@@ -37,6 +38,14 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
         } => instance::update(state, id, name.as_ref(), external_id.as_ref(), metadata),
         Command::TerminateInstance { id } => instance::terminate(state, id),
         Command::RestartInstance { id } => instance::restart(state, id),
+        Command::SaveInstance { id, request } => save::begin(state, id, request),
+        Command::ReportSaves { node, reports } => save::report(state, node, reports),
+        Command::PublishSaved { disk } => save::publish(state, disk),
+        Command::ExpireSaves {
+            ids,
+            retention_ms,
+            begin_ms,
+        } => save::expire(state, ids, *retention_ms, *begin_ms),
         Command::Bind { bindings } => bind::bind(state, bindings),
         Command::Observe { node, changes } => observe::observe(state, node, changes),
         Command::ExpireInstances { ids, retention_ms } => {
@@ -160,6 +169,7 @@ fn dispatch(state: &mut State, command: &Command) -> Applied {
 fn add(state: &mut State, what: &Addition) -> Applied {
     match what {
         Addition::Artifact(put) => artifact::put(state, put),
+        Addition::Saved(disk) => save::publish(state, disk),
         Addition::Tag(tag) => {
             let push = template::Push {
                 template: &tag.template,

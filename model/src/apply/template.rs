@@ -24,7 +24,8 @@ pub(super) struct Push<'a> {
     pub(super) voters: &'a BTreeSet<MemberId>,
 }
 
-pub(super) fn publish(state: &mut State, new_id: &TemplateId, push: &Push<'_>) -> Applied {
+/// Names and content within their bounds, on a member that is still one.
+pub(super) fn check_push(state: &State, push: &Push<'_>) -> Result<(), Refusal> {
     check::name("template name", push.template)?;
     check::name("tag name", push.tag)?;
     check_content(push.content)?;
@@ -33,6 +34,11 @@ pub(super) fn publish(state: &mut State, new_id: &TemplateId, push: &Push<'_>) -
             "the member that holds the tag was taken out of the cluster: push through another";
         return Err(Refusal::Conflict(text.to_owned()));
     }
+    Ok(())
+}
+
+pub(super) fn publish(state: &mut State, new_id: &TemplateId, push: &Push<'_>) -> Applied {
+    check_push(state, push)?;
     let Some(template) = state.template_named(push.template) else {
         return publish_first(state, new_id, push);
     };
@@ -82,7 +88,7 @@ fn publish_first(state: &mut State, id: &TemplateId, push: &Push<'_>) -> Applied
     })
 }
 
-fn new_tag(state: &State, number: u32, push: &Push<'_>) -> Tag {
+pub(super) fn new_tag(state: &State, number: u32, push: &Push<'_>) -> Tag {
     let holders = BTreeSet::from([push.holder]);
     let visible = enough(&holders, push.voters, push.copies_needed);
     Tag {
@@ -120,7 +126,7 @@ pub(super) fn enough(
 
 /// One more verified copy of a tag that exists. A newer push knows the newer member list, so its
 /// number of copies replaces the former one while the tag is not visible.
-fn hold(
+pub(super) fn hold(
     state: &mut State,
     id: &TemplateId,
     number: u32,
@@ -221,14 +227,17 @@ pub(super) fn revert(
     let template = known(state, id)?;
     let first = match selector {
         Some(selector) => select(template, selector)?,
-        None => {
-            let newest = template.latest().or(template.tags.values().next_back());
-            newest.map_or(0, |t| t.number)
-        }
+        None => newest(template),
     };
     let gone = template.tags.range(first..).map(|(n, _)| *n).collect();
     drop_tags(state, id, gone);
     Ok(Outcome::Done)
+}
+
+/// What a revert means that names no tag: the latest visible one, else the last.
+pub(super) fn newest(template: &Template) -> u32 {
+    let newest = template.latest().or(template.tags.values().next_back());
+    newest.map_or(0, |t| t.number)
 }
 
 pub(super) fn delete_tag(state: &mut State, id: &TemplateId, selector: &TagSelector) -> Applied {
@@ -316,7 +325,7 @@ pub(super) fn visible<'a>(
 }
 
 /// Any tag, visible or not.
-fn select(template: &Template, selector: &TagSelector) -> Result<u32, Refusal> {
+pub(super) fn select(template: &Template, selector: &TagSelector) -> Result<u32, Refusal> {
     let (found, text) = match selector {
         TagSelector::Number(n) => (template.tags.get(n), n.to_string()),
         TagSelector::Name(name) => (

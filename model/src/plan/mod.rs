@@ -18,9 +18,9 @@ mod queue;
 mod report;
 mod score;
 
-pub use expire::{forgettable, overdue};
+pub use expire::{forgettable, overdue, overdue_saves};
 pub use leases::{Judge, Leases};
-pub use report::{Shall, desired, is_news};
+pub use report::{Shall, desired, is_news, is_save_news};
 
 use crate::command::Binding;
 use crate::ids::InstanceId;

@@ -1,8 +1,10 @@
 //! What a node's agent is told, and which of its answers the log must hear. Any member decides this from
 //! its own state, which may be old: apply looks at both again.
 
+use crate::apply::save::settles;
 use crate::ids::{InstanceId, NodeId};
 use crate::instance::{Instance, InstanceState, Observation, ObservedPhase, Wanted};
+use crate::save::{SaveReport, SaveSaid};
 use crate::state::State;
 
 /// What a node shall do about one instance.
@@ -42,6 +44,21 @@ pub fn is_news(state: &State, node: &NodeId, seen: &Observation) -> bool {
     let left = state.left.get(&seen.id);
     instance.is_some_and(|i| i.node.as_ref() == Some(node) && tells_news(i, seen))
         || left.is_some_and(|l| l.removed_by(node, seen))
+}
+
+/// Would apply do anything with what `node` says of a save? Errs on the side of saying it once more.
+pub fn is_save_news(state: &State, node: &NodeId, report: &SaveReport) -> bool {
+    let save = state.saves.get(&report.id);
+    let Some(save) = save.filter(|save| save.open() && &save.node == node) else {
+        return false;
+    };
+    let facts = save.begun_ms.is_none() || report.script.is_some() && save.script_result.is_none();
+    facts
+        || match &report.said {
+            SaveSaid::Begun => false,
+            SaveSaid::Pushed => settles(state, save),
+            SaveSaid::Failed { .. } => true,
+        }
 }
 
 fn tells_news(instance: &Instance, seen: &Observation) -> bool {

@@ -10,10 +10,13 @@ use crate::artifact::{self, Artifact, RepositoryTag};
 use crate::distribution::{Delivery, Distribution};
 use crate::feature::{RECENT_BLOCKS, RECENT_GRADUALLY};
 use crate::group::Group;
-use crate::ids::{DistributionId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
+use crate::ids::{
+    DistributionId, GroupId, InstanceId, MemberId, NodeId, SaveId, Sha256, TemplateId,
+};
 use crate::instance::{Instance, ScriptResult};
 use crate::member::Retired;
 use crate::node::{Left, Node};
+use crate::save::Save;
 use crate::template::{Tag, Template};
 use std::collections::BTreeSet;
 
@@ -77,6 +80,48 @@ impl State {
             self.index.leave_left(id, &left);
             self.dirty.insert(Key::Left(id.clone()));
         }
+    }
+
+    /// A new save.
+    pub(crate) fn insert_save(&mut self, save: Save) {
+        if !save.request.script.is_empty() {
+            self.dirty.insert(Key::SaveScript(save.id.clone()));
+        }
+        self.dirty.insert(Key::Save(save.id.clone()));
+        self.index.enter_save(&save);
+        self.saves.insert(save.id.clone(), save);
+    }
+
+    /// Change a save; the caller knows that something does change. Not its instance. Its script can only go.
+    pub(crate) fn edit_save(&mut self, id: &SaveId, change: impl FnOnce(&mut Save)) {
+        let Some(save) = self.saves.get_mut(id) else {
+            return;
+        };
+        self.index.leave_save(save);
+        let (script, told) = (save.request.script.len(), save.script_result.is_some());
+        change(save);
+        if save.request.script.len() != script {
+            self.dirty.insert(Key::SaveScript(id.clone()));
+        }
+        if save.script_result.is_some() != told {
+            self.dirty.insert(Key::SaveOutput(id.clone()));
+        }
+        self.index.enter_save(save);
+        self.dirty.insert(Key::Save(id.clone()));
+    }
+
+    pub(crate) fn remove_save(&mut self, id: &SaveId) {
+        let Some(save) = self.saves.remove(id) else {
+            return;
+        };
+        self.index.leave_save(&save);
+        if !save.request.script.is_empty() {
+            self.dirty.insert(Key::SaveScript(id.clone()));
+        }
+        if save.script_result.is_some() {
+            self.dirty.insert(Key::SaveOutput(id.clone()));
+        }
+        self.dirty.insert(Key::Save(id.clone()));
     }
 
     /// Its desired generation is set here.

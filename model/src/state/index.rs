@@ -4,9 +4,10 @@
 
 use super::State;
 use super::lines::{Kind, Lines, WaitKey};
-use crate::ids::{InstanceId, NodeId, TemplateId};
+use crate::ids::{InstanceId, NodeId, SaveId, TemplateId};
 use crate::instance::Instance;
 use crate::node::{Left, Load};
+use crate::save::Save;
 use std::collections::{BTreeMap, BTreeSet};
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -19,6 +20,12 @@ pub(super) struct Index {
     ended: BTreeSet<(u64, InstanceId)>,
     /// What all repositories count for.
     repositories: u64,
+    /// Open saves by their instances.
+    saving: BTreeMap<InstanceId, SaveId>,
+    /// Ended saves, and since when.
+    ended_saves: BTreeSet<(u64, SaveId)>,
+    /// What all saves weigh.
+    saves_bytes: usize,
 }
 
 /// Who is on a node.
@@ -138,6 +145,48 @@ impl Index {
             .saturating_sub(lost);
     }
 
+    pub(super) fn save_of(&self, instance: &InstanceId) -> Option<&SaveId> {
+        self.saving.get(instance)
+    }
+
+    pub(super) fn open_saves(&self) -> impl Iterator<Item = &SaveId> {
+        self.saving.values()
+    }
+
+    pub(super) fn ended_saves(&self) -> impl Iterator<Item = &(u64, SaveId)> {
+        self.ended_saves.iter()
+    }
+
+    pub(super) fn saves_bytes(&self) -> usize {
+        self.saves_bytes
+    }
+
+    pub(super) fn enter_save(&mut self, save: &Save) {
+        self.saves_bytes += save.weight();
+        match &save.end {
+            Some(end) => {
+                self.ended_saves.insert((end.at_ms, save.id.clone()));
+            }
+            None => {
+                let instance = save.request.instance.clone();
+                self.saving.insert(instance, save.id.clone());
+            }
+        }
+    }
+
+    /// As it was when it entered.
+    pub(super) fn leave_save(&mut self, save: &Save) {
+        self.saves_bytes -= save.weight();
+        match &save.end {
+            Some(end) => {
+                self.ended_saves.remove(&(end.at_ms, save.id.clone()));
+            }
+            None => {
+                self.saving.remove(&save.request.instance);
+            }
+        }
+    }
+
     pub(super) fn enter(&mut self, instance: &Instance) {
         if instance.waits() {
             let kind = Kind::of(instance, !instance.rejections.is_empty());
@@ -220,6 +269,9 @@ impl Index {
         for (id, left) in &state.left {
             index.enter_left(id, left);
         }
+        for save in state.saves.values() {
+            index.enter_save(save);
+        }
         let repositories = state.repositories.iter();
         index.repositories = repositories.map(|(name, r)| r.weight(name)).sum();
         index
@@ -238,6 +290,10 @@ impl Index {
         }
         if self.ended != fresh.ended {
             return Err("index of ended instances differs from the instances".into());
+        }
+        let saves = (&self.saving, &self.ended_saves, self.saves_bytes);
+        if saves != (&fresh.saving, &fresh.ended_saves, fresh.saves_bytes) {
+            return Err("index of saves differs from the saves".into());
         }
         if self.repositories != fresh.repositories {
             return Err("the weight of all repositories differs from theirs".into());

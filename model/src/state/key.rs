@@ -1,7 +1,9 @@
 //! Names of stored values: a table byte, then the id's bytes. Knows nothing of the values.
 
 use crate::codec::CodecError;
-use crate::ids::{DistributionId, GroupId, InstanceId, MemberId, NodeId, Sha256, TemplateId};
+use crate::ids::{
+    DistributionId, GroupId, InstanceId, MemberId, NodeId, SaveId, Sha256, TemplateId,
+};
 
 /// One stored value. The order of the variants is the order of their table bytes, so that keys
 /// sort as their bytes do.
@@ -17,8 +19,12 @@ pub(super) enum Key {
     Features,
     /// `g`: a node group.
     Group(GroupId),
+    /// `h`: the script of an open save.
+    SaveScript(SaveId),
     /// `i`: an instance without the two that follow, which are large and change rarely.
     Instance(InstanceId),
+    /// `j`: the output of a save's script.
+    SaveOutput(SaveId),
     /// `k`: what a node shall drop of a template: node, a zero byte, template.
     Eviction(NodeId, TemplateId),
     /// `l`: what may be left of an ended instance on its node.
@@ -29,6 +35,8 @@ pub(super) enum Key {
     Node(NodeId),
     /// `o`: the output of an instance's script.
     Output(InstanceId),
+    /// `p`: a save without its script and the output.
+    Save(SaveId),
     /// `q`: some recent commands, by block of slots.
     RecentBlock(u32),
     /// `r`: a recent command, by slot: the form below feature level `RECENT_BLOCKS`.
@@ -70,6 +78,7 @@ impl Key {
             }
             Self::Features => with(b'f', ""),
             Self::Group(id) => with(b'g', id.as_str()),
+            Self::SaveScript(id) => with(b'h', id.as_str()),
             Self::Instance(id) => with(b'i', id.as_str()),
             Self::Eviction(node, of) => {
                 let mut out = with(b'k', node.as_str());
@@ -77,6 +86,8 @@ impl Key {
                 out.extend_from_slice(of.as_str().as_bytes());
                 out
             }
+            Self::SaveOutput(id) => with(b'j', id.as_str()),
+            Self::Save(id) => with(b'p', id.as_str()),
             Self::Left(id) => with(b'l', id.as_str()),
             Self::Retired(id) => {
                 let mut out = with(b'm', "");
@@ -146,7 +157,9 @@ impl Key {
             }
             b'f' if rest.is_empty() => Self::Features,
             b'g' => Self::Group(text(rest)?.into()),
+            b'h' => Self::SaveScript(text(rest)?.into()),
             b'i' => Self::Instance(text(rest)?.into()),
+            b'j' => Self::SaveOutput(text(rest)?.into()),
             b'l' => Self::Left(text(rest)?.into()),
             b'm' => {
                 let id = rest.try_into().map_err(|_| bad())?;
@@ -154,6 +167,7 @@ impl Key {
             }
             b'n' => Self::Node(text(rest)?.into()),
             b'o' => Self::Output(text(rest)?.into()),
+            b'p' => Self::Save(text(rest)?.into()),
             b'q' => Self::RecentBlock(number(rest)?),
             b'r' => Self::Recent(number(rest)?),
             b's' => Self::Script(text(rest)?.into()),
@@ -215,6 +229,9 @@ mod tests {
             Key::Recent(2),
             Key::RecentBlock(300),
             Key::RecentBlock(2),
+            Key::Save("s1".into()),
+            Key::SaveOutput("s1".into()),
+            Key::SaveScript("s1".into()),
             Key::Output("i1".into()),
             Key::Node("n1".into()),
             Key::Retired(MemberId(300)),

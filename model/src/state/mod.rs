@@ -18,12 +18,13 @@ use crate::distribution::Distribution;
 use crate::feature::RECENT_BLOCKS;
 use crate::group::Group;
 use crate::ids::{
-    CommandId, Digest, DistributionId, GroupId, InstanceId, MemberId, NodeId, TemplateId,
+    CommandId, Digest, DistributionId, GroupId, InstanceId, MemberId, NodeId, SaveId, TemplateId,
 };
 use crate::instance::Instance;
 use crate::member::Retired;
 use crate::node::{Left, Load, Node};
 use crate::outcome::Outcome;
+use crate::save::Save;
 use crate::template::Template;
 use index::{Index, Occupants};
 pub use instances::Instances;
@@ -68,6 +69,8 @@ pub struct State {
     pub evictions: BTreeMap<NodeId, BTreeMap<TemplateId, BTreeSet<u32>>>,
     /// When a tag was last pulled, in Unix milliseconds.
     pub pulls: BTreeMap<(TemplateId, u32), u64>,
+    /// Saves by id, open and ended.
+    pub saves: BTreeMap<SaveId, Save>,
     /// Counts changes of desired sets over all nodes, so that a node which was removed and joins
     /// again never sees a generation that its agent has passed already.
     desired_changes: u64,
@@ -93,6 +96,7 @@ impl PartialEq for State {
             && self.pulls == other.pulls
             && self.distributions == other.distributions
             && self.evictions == other.evictions
+            && self.saves == other.saves
             && self.recent == other.recent
     }
 }
@@ -186,6 +190,26 @@ impl State {
     pub fn load(&self, node: &NodeId) -> Load {
         let occupants = self.occupants(node);
         occupants.map(Occupants::load).unwrap_or_default()
+    }
+
+    /// The open save of an instance.
+    pub fn save_of(&self, instance: &InstanceId) -> Option<&Save> {
+        self.saves.get(self.index.save_of(instance)?)
+    }
+
+    /// Saves that have ended, the longest ago first, and since when in Unix milliseconds.
+    pub fn ended_saves(&self) -> impl Iterator<Item = (u64, &SaveId)> {
+        self.index.ended_saves().map(|(at, id)| (*at, id))
+    }
+
+    /// Saves that are open.
+    pub fn open_saves(&self) -> impl Iterator<Item = &Save> {
+        self.index.open_saves().filter_map(|id| self.saves.get(id))
+    }
+
+    /// What all saves add to a snapshot; see [`crate::limits::SAVES_BYTES`].
+    pub(crate) fn saves_bytes(&self) -> usize {
+        self.index.saves_bytes()
     }
 
     pub(crate) fn occupants(&self, node: &NodeId) -> Option<&Occupants> {

@@ -2,12 +2,13 @@
 //! byte: a changed field means a new version there, and the golden samples will say so.
 
 use crate::distribution::Distribution;
-use crate::ids::{CommandId, DistributionId, GroupId, InstanceId, NodeId, TemplateId};
+use crate::ids::{CommandId, DistributionId, GroupId, InstanceId, NodeId, SaveId, TemplateId};
 use crate::instance::{
     Instance, InstanceState, PortRule, Rejection, Script, ScriptFailure, StartRequest, VmInfo,
 };
 use crate::metadata::Metadata;
 use crate::outcome::Outcome;
+use crate::save::{Save, SaveEnd, SaveRequest, SaveTarget};
 use crate::template::Template;
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -58,8 +59,11 @@ mod cow_bytes {
 
 impl<'a> ScriptRecord<'a> {
     pub(super) fn of(script: &'a Script) -> Self {
+        Self::of_body(&script.body)
+    }
+    pub(super) fn of_body(body: &'a [u8]) -> Self {
         Self {
-            body: Bytes(Cow::Borrowed(&script.body)),
+            body: Bytes(Cow::Borrowed(body)),
         }
     }
     pub(super) fn into_body(self) -> Vec<u8> {
@@ -123,6 +127,81 @@ impl<'a> DistributionRecord<'a> {
             ended_ms: self.ended_ms,
             nodes: BTreeMap::new(),
             waiting: 0,
+        }
+    }
+}
+
+/// [`Save`] without the script's body and its output, each stored under its own key.
+#[derive(Serialize, Deserialize)]
+pub(super) struct SaveRecord<'a> {
+    instance: Cow<'a, InstanceId>,
+    tag: Cow<'a, str>,
+    target: Cow<'a, SaveTarget>,
+    description: Cow<'a, str>,
+    /// Has one, under a key of its own.
+    pub(super) script: bool,
+    cancel_on_script_failure: bool,
+    revert: bool,
+    revert_tag: Cow<'a, Option<String>>,
+    suspend: bool,
+    sanity_test: bool,
+    node: Cow<'a, NodeId>,
+    arch: Cow<'a, str>,
+    forwards: Cow<'a, [PortRule]>,
+    created_ms: u64,
+    begun_ms: Option<u64>,
+    published: Cow<'a, Option<(TemplateId, u32)>>,
+    end: Cow<'a, Option<SaveEnd>>,
+}
+
+impl<'a> SaveRecord<'a> {
+    pub(super) fn of(save: &'a Save) -> Self {
+        let request = &save.request;
+        Self {
+            instance: Cow::Borrowed(&request.instance),
+            tag: Cow::Borrowed(&request.tag),
+            target: Cow::Borrowed(&request.target),
+            description: Cow::Borrowed(&request.description),
+            script: !request.script.is_empty(),
+            cancel_on_script_failure: request.cancel_on_script_failure,
+            revert: request.revert,
+            revert_tag: Cow::Borrowed(&request.revert_tag),
+            suspend: request.suspend,
+            sanity_test: request.sanity_test,
+            node: Cow::Borrowed(&save.node),
+            arch: Cow::Borrowed(&save.arch),
+            forwards: Cow::Borrowed(&save.forwards),
+            created_ms: save.created_ms,
+            begun_ms: save.begun_ms,
+            published: Cow::Borrowed(&save.published),
+            end: Cow::Borrowed(&save.end),
+        }
+    }
+
+    /// Without its script and the result: they come from their own keys.
+    pub(super) fn into_save(self, id: SaveId) -> Save {
+        Save {
+            id,
+            request: SaveRequest {
+                instance: self.instance.into_owned(),
+                tag: self.tag.into_owned(),
+                target: self.target.into_owned(),
+                description: self.description.into_owned(),
+                script: Vec::new(),
+                cancel_on_script_failure: self.cancel_on_script_failure,
+                revert: self.revert,
+                revert_tag: self.revert_tag.into_owned(),
+                suspend: self.suspend,
+                sanity_test: self.sanity_test,
+            },
+            node: self.node.into_owned(),
+            arch: self.arch.into_owned(),
+            forwards: self.forwards.into_owned(),
+            created_ms: self.created_ms,
+            begun_ms: self.begun_ms,
+            published: self.published.into_owned(),
+            end: self.end.into_owned(),
+            script_result: None,
         }
     }
 }

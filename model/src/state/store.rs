@@ -7,14 +7,14 @@ use super::key::Key;
 use super::recent::{Place, Recent};
 use super::record::{
     DistributionRecord, InstanceRecord, MetaRecord, RecentBlock, RecentRecord, RepositoryRecord,
-    ScriptRecord, TemplateRecord,
+    SaveRecord, ScriptRecord, TemplateRecord,
 };
 use super::{Change, State};
 use crate::artifact::{Artifact, Repository, RepositoryTag};
 use crate::codec::{CodecError, decode, encode};
 use crate::distribution::Delivery;
 use crate::feature::RECENT_BLOCKS;
-use crate::ids::{CommandId, DistributionId, InstanceId, NodeId, TemplateId};
+use crate::ids::{CommandId, DistributionId, InstanceId, NodeId, SaveId, TemplateId};
 use crate::instance::ScriptResult;
 use crate::outcome::Outcome;
 use crate::template::Tag;
@@ -64,7 +64,10 @@ impl State {
             .keys()
             .for_each(|id| give(Key::Group(id.clone())));
         let instances = || self.instances.keys().cloned();
+        let saves = || self.saves.keys().cloned();
+        saves().for_each(|id| give(Key::SaveScript(id)));
         instances().for_each(|id| give(Key::Instance(id)));
+        saves().for_each(|id| give(Key::SaveOutput(id)));
         for (node, templates) in &self.evictions {
             let templates = templates.keys();
             templates.for_each(|of| give(Key::Eviction(node.clone(), of.clone())));
@@ -73,6 +76,7 @@ impl State {
         self.retired.keys().for_each(|id| give(Key::Retired(*id)));
         self.nodes.keys().for_each(|id| give(Key::Node(id.clone())));
         instances().for_each(|id| give(Key::Output(id)));
+        saves().for_each(|id| give(Key::Save(id)));
         // One of the two: a block that is stored in one way has no value in the other.
         self.recent
             .blocks()
@@ -123,6 +127,12 @@ impl State {
                 Some(encode(&InstanceRecord::of(instance)))
             }
             Key::Eviction(node, of) => self.evictions.get(node)?.get(of).map(encode),
+            Key::SaveScript(id) => {
+                let body = &self.saves.get(id)?.request.script;
+                (!body.is_empty()).then(|| encode(&ScriptRecord::of_body(body)))
+            }
+            Key::SaveOutput(id) => self.saves.get(id)?.script_result.as_ref().map(encode),
+            Key::Save(id) => Some(encode(&SaveRecord::of(self.saves.get(id)?))),
             Key::Left(id) => self.left.get(id).map(encode),
             Key::Retired(id) => self.retired.get(id).map(encode),
             Key::Node(id) => self.nodes.get(id).map(encode),
@@ -200,6 +210,16 @@ impl State {
                 let of_node = self.evictions.entry(node).or_default();
                 of_node.insert(of, decode(value)?);
             }
+            Key::SaveScript(id) => {
+                let record: ScriptRecord<'_> = decode(value)?;
+                rest.save_scripts.push((id, record.into_body()));
+            }
+            Key::SaveOutput(id) => rest.save_outputs.push((id, decode(value)?)),
+            Key::Save(id) => {
+                let record: SaveRecord<'_> = decode(value)?;
+                rest.due_scripts += usize::from(record.script);
+                self.saves.insert(id.clone(), record.into_save(id));
+            }
             Key::Left(id) => {
                 self.left.insert(id, decode(value)?);
             }
@@ -276,6 +296,21 @@ impl State {
                 None => return Err(orphan("script", id.as_str())),
             }
         }
+        if rest.save_scripts.len() != rest.due_scripts {
+            return Err(CodecError("a save lacks its script".into()));
+        }
+        for (id, body) in rest.save_scripts {
+            match self.saves.get_mut(&id) {
+                Some(save) if !body.is_empty() => save.request.script = body,
+                _ => return Err(orphan("script", id.as_str())),
+            }
+        }
+        for (id, result) in rest.save_outputs {
+            match self.saves.get_mut(&id) {
+                Some(save) => save.script_result = Some(Box::new(result)),
+                None => return Err(orphan("script output", id.as_str())),
+            }
+        }
         for (id, tag) in rest.tags {
             match self.templates.get_mut(&id) {
                 Some(t) => t.tags.insert(tag.number, tag),
@@ -321,6 +356,10 @@ impl State {
 struct Rest {
     outputs: Vec<(InstanceId, ScriptResult)>,
     scripts: Vec<(InstanceId, Vec<u8>)>,
+    save_outputs: Vec<(SaveId, ScriptResult)>,
+    save_scripts: Vec<(SaveId, Vec<u8>)>,
+    /// Saves that have a script.
+    due_scripts: usize,
     tags: Vec<(TemplateId, Tag)>,
     deliveries: Vec<(DistributionId, NodeId, Delivery)>,
     artifacts: Vec<(String, Artifact)>,

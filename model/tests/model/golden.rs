@@ -2,7 +2,10 @@
 //! with `tests/golden/*.txt`. A difference means that old logs and snapshots can no longer be
 //! read: append instead, or raise the codec's version. `UPDATE=1` writes them anew.
 
+mod saved;
+
 use crate::sample::{self, Random};
+use crate::saves;
 use mainstay_model::artifact::ArtifactContent;
 use mainstay_model::codec::{decode_envelope, decode_outcome, encode_envelope, encode_outcome};
 use mainstay_model::command::{
@@ -35,7 +38,7 @@ fn commands() {
         variants.insert(bytes[1 + 17 + 9]);
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
-    assert_eq!(variants, (0..35).collect(), "a command lacks its sample");
+    assert_eq!(variants, (0..39).collect(), "a command lacks its sample");
     compare("commands.txt", &lines, |bytes| {
         decode_envelope(bytes).map(|e| encode_envelope(&e))
     });
@@ -52,7 +55,7 @@ fn outcomes() {
         writeln!(lines, "{name} {}", hex(&bytes)).unwrap();
     }
     let refusals = (0..12).map(|n| (5, n));
-    let others = (0..5).chain([6]).map(|n| (n, 0));
+    let others = (0..8).filter(|n| *n != 5).map(|n| (n, 0));
     let wanted: BTreeSet<_> = others.chain(refusals).collect();
     assert_eq!(variants, wanted, "an outcome lacks its sample");
     compare("outcomes.txt", &lines, |bytes| {
@@ -352,6 +355,7 @@ fn all_commands() -> Vec<(&'static str, Command)> {
     all.extend(note_commands());
     all.extend(weighed_commands());
     all.extend(distribute_commands());
+    all.extend(saves::samples());
     all
 }
 
@@ -664,6 +668,7 @@ fn all_outcomes() -> Vec<(&'static str, Outcome)> {
         ("bound", Outcome::Bound(3)),
         ("registered", Outcome::Registered("n1".into())),
         ("asked", Outcome::Asked(vec!["n1".into(), "n2".into()])),
+        ("saving", Outcome::Saving("s1".into())),
     ];
     let refusals = [
         ("template-unknown", Refusal::TemplateUnknown(text())),

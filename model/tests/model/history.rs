@@ -2,6 +2,7 @@
 //! hold and the state can be rebuilt from its changes and from its export, after every prefix.
 
 use crate::sample::{self, Random};
+use crate::saves;
 use mainstay_model::codec::{decode_envelope, encode_envelope};
 use mainstay_model::command::{ArtifactPut, ArtifactTemplate, Binding, Command, TagSelector};
 use mainstay_model::distribution::Delivery;
@@ -28,6 +29,8 @@ fn every_prefix_can_be_rebuilt() {
         "done",
         "refused",
         "retried",
+        "saving",
+        "Pushing",
         "Started",
         "Terminated",
         "Error",
@@ -139,6 +142,7 @@ fn kind(outcome: &Outcome) -> &'static str {
         Outcome::Bound(_) => "bound nothing",
         Outcome::Registered(_) => "registered",
         Outcome::Asked(_) => "asked",
+        Outcome::Saving(_) => "saving",
         Outcome::Refused(_) => "refused",
     }
 }
@@ -156,7 +160,7 @@ fn envelope(random: &mut Random, state: &State, log: &[Envelope], step: u64) -> 
 }
 
 fn command(r: &mut Random, state: &State) -> Command {
-    match r.below(40) {
+    match r.below(44) {
         0..=5 => start(r),
         6..=8 => Command::UpdateInstance {
             id: instance(r),
@@ -176,6 +180,7 @@ fn command(r: &mut Random, state: &State) -> Command {
         32..=33 => group_command(r),
         34..=36 => template_command(r),
         37..=38 => artifact_command(r),
+        39..=42 => saves::any(r, state),
         _ => Command::Noop,
     }
 }

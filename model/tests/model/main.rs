@@ -7,6 +7,7 @@ mod golden;
 mod history;
 mod room;
 mod sample;
+mod saves;
 mod script;
 mod sim;
 

@@ -4,7 +4,7 @@
 //! Words are `key=value` or bare. Time is `@<ms>` as the first word (it stays until the next);
 //! `#<n>` as the first word after it gives the command id, else each command has a new one.
 
-use crate::sample;
+use crate::{sample, saves};
 use mainstay_model::command::{ArtifactPut, ArtifactTemplate, Binding, Command, TagSelector};
 use mainstay_model::group::Group;
 use mainstay_model::instance::{Observation, ObservedPhase, ScriptResult, Value, VmInfo};
@@ -76,8 +76,8 @@ struct Runner {
     next_command: u128,
 }
 
-struct Words<'a> {
-    bare: Vec<&'a str>,
+pub struct Words<'a> {
+    pub bare: Vec<&'a str>,
     keyed: BTreeMap<&'a str, &'a str>,
 }
 
@@ -87,21 +87,21 @@ impl<'a> Words<'a> {
         let keyed = keyed.iter().map(|w| w.split_once('=').unwrap()).collect();
         Self { bare, keyed }
     }
-    fn get(&self, key: &str) -> Option<&'a str> {
+    pub fn get(&self, key: &str) -> Option<&'a str> {
         self.keyed.get(key).copied()
     }
-    fn text(&self, key: &str) -> Option<String> {
+    pub fn text(&self, key: &str) -> Option<String> {
         self.get(key).map(str::to_owned)
     }
-    fn number<T: std::str::FromStr>(&self, key: &str) -> Option<T> {
+    pub fn number<T: std::str::FromStr>(&self, key: &str) -> Option<T> {
         self.get(key)
             .map(|v| v.parse().unwrap_or_else(|_| panic!("{key}={v}")))
     }
-    fn list(&self, key: &str) -> Vec<&'a str> {
+    pub fn list(&self, key: &str) -> Vec<&'a str> {
         let list = self.get(key).unwrap_or_default().split(',');
         list.filter(|s| !s.is_empty()).collect()
     }
-    fn has(&self, word: &str) -> bool {
+    pub fn has(&self, word: &str) -> bool {
         self.bare.contains(&word)
     }
 }
@@ -151,6 +151,7 @@ impl Runner {
             assert_eq!(same.groups, self.state.groups);
             assert_eq!(same.distributions, self.state.distributions);
             assert_eq!(same.evictions, self.state.evictions);
+            assert_eq!(same.saves, self.state.saves);
         }
         let changed = self.state.take_changes();
         let names = changed
@@ -228,6 +229,7 @@ impl Runner {
                     }
                 }
             }
+            "saves" => saves::show(&self.state, &mut out),
             "groups" => {
                 for group in self.state.groups.values() {
                     let fallback = group.fallback.as_ref().map_or("-", |g| g.as_str());
@@ -325,6 +327,7 @@ impl Runner {
             | "delete-template" => template_command(verb, args),
             "describe" | "pulled" | "quota" => note_command(verb, args),
             "distribute" | "cancel" | "forget" | "evict" => distribute_command(verb, args),
+            _ if saves::VERBS.contains(&verb) => saves::command(verb, args, voters(args)),
             _ => node_command(verb, args),
         }
     }
@@ -718,6 +721,7 @@ fn show_outcome(outcome: &Outcome) -> String {
         } => format!("published {template}/{number} visible={visible}"),
         Outcome::Bound(n) => format!("bound {n}"),
         Outcome::Registered(id) => format!("registered {id}"),
+        Outcome::Saving(id) => format!("saving {id}"),
         Outcome::Done => "done".into(),
         Outcome::Asked(nodes) => {
             let nodes: Vec<&str> = nodes.iter().map(|n| n.as_str()).collect();

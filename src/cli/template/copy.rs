@@ -125,6 +125,7 @@ pub(super) async fn push(
             Durability::One => api::Durability::One,
         },
         wait: Duration::from_secs(args.wait),
+        save: String::new(),
     };
     let bar = bar();
     let progress = |done: u64, total: u64| show(&bar, done, total);

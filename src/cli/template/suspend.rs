@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use base64::Engine as _;
 use clap::Args;
 use mainstay_agent::driver::qemu::{QemuConfig, QemuDriver};
-use mainstay_agent::driver::{Driver, DriverError, Suspended, VmSpec};
+use mainstay_agent::driver::{Driver, DriverError, OUTPUT_KEPT, Suspended, VmSpec};
 use mainstay_agent::transfer::{MACHINE_FILE, MEMORY_FILE};
 use mainstay_agent::wire::Script;
 use std::path::{Path, PathBuf};
@@ -157,7 +157,10 @@ impl SuspendArgs {
                 timeout_s: SCRIPT_MAX_S,
                 ..Script::default()
             };
-            let ended = driver.run_script(NAME, &script).await.map_err(said)?;
+            let ended = driver
+                .run_script(NAME, &script, OUTPUT_KEPT)
+                .await
+                .map_err(said)?;
             if ended.return_code != 0 || ended.did_timeout {
                 let (code, said) = (ended.return_code, ended.stderr.trim());
                 bail!("{} ended with {code}: {said}", path.display());

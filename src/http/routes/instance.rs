@@ -104,15 +104,3 @@ pub(super) async fn restart(State(api): State<ApiState>, call: Call) -> Result<R
     api.app.submit_as(call.command_id(), command).await?;
     Ok(envelope::done())
 }
-
-/// Save-image requests: none can be made yet, so there are none.
-#[utoipa::path(get, path = "/api/v1/image", tag = "instances", operation_id = "get_image",
-    summary = "Save-image requests: there are none yet",
-    params(requests::Read),
-    responses((status = 200, description = "OK, or FAIL and why", body = Answer<Vec<String>>)))]
-pub(super) async fn saved_images(call: Call) -> Result<Response, ApiError> {
-    match call.text("id")? {
-        None => Ok(envelope::ok::<[(); 0]>(&[])),
-        Some(_) => Err(ApiError::not_found()),
-    }
-}

@@ -8,6 +8,7 @@ mod distribute;
 mod group;
 mod hardware;
 mod health;
+mod image;
 mod instance;
 mod metrics;
 mod node;
@@ -47,7 +48,8 @@ macro_rules! table {
 }
 
 table! {
-    instance: get, start, update, terminate, restart, saved_images;
+    instance: get, start, update, terminate, restart;
+    image: get, save;
     health: alive, ready, login_methods, status, stats;
     metrics: metrics;
     node: get, remove, configure;

@@ -287,6 +287,7 @@ fn spec(template: &str, tag: &str, durability: Durability) -> PushSpec {
         forwards: Vec::new(),
         durability,
         wait: Duration::from_secs(30),
+        save: String::new(),
     }
 }
 

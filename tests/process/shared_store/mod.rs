@@ -43,6 +43,7 @@ fn spec(template: &str) -> PushSpec {
         forwards: Vec::new(),
         durability: Durability::All,
         wait: Duration::from_secs(30),
+        save: String::new(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! What we want of a guest: that it answers, that it has fresh randomness and the right time, that it
 //! has an address, that it runs a script, that it shuts down.
 
-use super::super::{DriverError, OUTPUT_KEPT, kept_output, now_ms};
+use super::super::{DriverError, kept_output, now_ms};
 use super::qga::{self, Qga, QgaError};
 use super::{QemuDriver, Vm, lifecycle, renew};
 use crate::wire::{Script, ScriptResult, VmFacts};
@@ -195,6 +195,7 @@ impl QemuDriver {
         &self,
         vm: &Arc<Vm>,
         script: &Script,
+        keep: usize,
     ) -> Result<ScriptResult, DriverError> {
         let failed = |e: QgaError| DriverError::Failed(e.to_string());
         STANDARD
@@ -213,14 +214,14 @@ impl QemuDriver {
         })?;
         let deadline = Instant::now() + allowed;
         if let Some(ended) = self.wait_exec(vm, pid, deadline).await? {
-            return Ok(result(&ended, false));
+            return Ok(result(&ended, false, keep));
         }
         // The group, or with an agent in a guest without setsid at least the shell.
         let kill = format!("kill -KILL -{pid} 2>/dev/null || kill -KILL {pid}");
         let args = json!({ "path": "/bin/sh", "arg": ["-c", kill] });
         self.ask(vm, "guest-exec", args).await.map_err(failed)?;
         let ended = self.wait_exec(vm, pid, Instant::now() + AWAY_MAX).await?;
-        Ok(result(&ended.unwrap_or_default(), true))
+        Ok(result(&ended.unwrap_or_default(), true, keep))
     }
 
     /// The last `guest-exec-status` of a program, or `None` at the deadline.
@@ -283,28 +284,29 @@ fn address(interfaces: &Value) -> Option<String> {
         .map(str::to_string)
 }
 
-fn result(status: &Value, did_timeout: bool) -> ScriptResult {
+fn result(status: &Value, did_timeout: bool, keep: usize) -> ScriptResult {
     let signal = status["signal"].as_i64().map(|signal| 128 + signal);
     let code = status["exitcode"].as_i64().or(signal).unwrap_or(-1);
     ScriptResult {
         return_code: i32::try_from(code).unwrap_or(-1),
         did_timeout,
-        stdout: output(&status["out-data"]),
-        stderr: output(&status["err-data"]),
+        stdout: output(&status["out-data"], keep),
+        stderr: output(&status["err-data"], keep),
     }
 }
 
-pub(super) fn output(data: &Value) -> String {
+pub(super) fn output(data: &Value, keep: usize) -> String {
     let bytes = STANDARD
         .decode(data.as_str().unwrap_or_default())
         .unwrap_or_default();
-    let from = bytes.len().saturating_sub(OUTPUT_KEPT);
+    let from = bytes.len().saturating_sub(keep);
     // Broken characters take more room than they had: cut once more.
-    kept_output(&String::from_utf8_lossy(&bytes[from..])).to_string()
+    kept_output(&String::from_utf8_lossy(&bytes[from..]), keep).to_string()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::OUTPUT_KEPT;
     use super::*;
 
     #[test]
@@ -324,17 +326,17 @@ mod tests {
     #[test]
     fn results_of_both_kinds_of_end() {
         let ended = json!({ "exited": true, "exitcode": 7, "err-data": STANDARD.encode("no\n") });
-        let ended = result(&ended, false);
+        let ended = result(&ended, false, OUTPUT_KEPT);
         assert_eq!(
             (ended.return_code, ended.stderr.as_str(), ended.did_timeout),
             (7, "no\n", false)
         );
         assert_eq!(
-            result(&json!({ "exited": true, "signal": 9 }), true).return_code,
+            result(&json!({ "exited": true, "signal": 9 }), true, OUTPUT_KEPT).return_code,
             137
         );
         let long = "x".repeat(OUTPUT_KEPT) + "end";
-        let kept = output(&json!(STANDARD.encode(&long)));
+        let kept = output(&json!(STANDARD.encode(&long)), OUTPUT_KEPT);
         assert_eq!(kept.len(), OUTPUT_KEPT);
         assert!(kept.ends_with("end"));
     }

@@ -11,7 +11,7 @@
 //!
 //! * [`accel`]: is KVM any good here?
 //! * `tools`: the installed QEMU; base disks and overlays. `args`: its command line. `launch`: its start.
-//! * `dir`: the folder. `process`: is it alive, end it.
+//! * `export`: its disk as one that stands by itself. `dir`: the folder. `process`: is it alive, end it.
 //! * `qmp`: talks to QEMU. `qga`: talks to the guest. `guest`: what we want of the guest.
 //! * `suspend`: memories written and brought to life again. `machine`: what one belongs to. `renew`: a clone's
 //!   own identity.
@@ -19,6 +19,7 @@
 pub mod accel;
 mod args;
 mod dir;
+mod export;
 mod guest;
 mod launch;
 mod lifecycle;
@@ -221,9 +222,14 @@ impl Driver for QemuDriver {
         }
     }
 
-    async fn run_script(&self, id: &str, script: &Script) -> Result<ScriptResult, DriverError> {
+    async fn run_script(
+        &self,
+        id: &str,
+        script: &Script,
+        keep: usize,
+    ) -> Result<ScriptResult, DriverError> {
         let vm = self.vm(id)?;
-        self.script(&vm, script).await
+        self.script(&vm, script, keep).await
     }
 
     async fn restart(&self, id: &str, generation: u64) -> Result<VmFacts, DriverError> {
@@ -252,6 +258,16 @@ impl Driver for QemuDriver {
             self.forget(id);
         }
         done
+    }
+
+    async fn export_bytes(&self, id: &str) -> Result<u64, DriverError> {
+        export::bytes(&self.vm(id)?.dir)
+    }
+
+    async fn export(&self, id: &str, dest: &Path) -> Result<String, DriverError> {
+        let vm = self.vm(id)?;
+        let _lock = vm.lifecycle.lock().await;
+        self.export_locked(&vm, dest).await
     }
 
     async fn delete(&self, id: &str) -> Result<(), DriverError> {

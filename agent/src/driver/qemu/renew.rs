@@ -6,7 +6,7 @@
 //! minute. It must be told to take a new seed, which only a system call does; guests have no program for it. So one
 //! is brought along.
 
-use super::super::{DriverError, now_ms};
+use super::super::{DriverError, OUTPUT_KEPT, now_ms};
 use super::dir::Spec;
 use super::qga::QgaError;
 use super::{QemuDriver, Vm};
@@ -134,7 +134,7 @@ impl QemuDriver {
         let ended = self.wait_exec(vm, pid, until).await;
         let ended = ended.map_err(|e: DriverError| e.to_string())?;
         let ended = ended.ok_or("it takes too long to give the guest an identity")?;
-        let said = super::guest::output(&ended["out-data"]);
+        let said = super::guest::output(&ended["out-data"], OUTPUT_KEPT);
         let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
         if ended["exitcode"] != 0 {
             return Err(format!("the guest cannot be given an identity: {said}"));

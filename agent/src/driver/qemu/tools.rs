@@ -13,7 +13,7 @@ pub(super) const INSTALL: &str =
     "run deploy/install-deps.sh, or: apt-get install qemu-system-x86 qemu-utils";
 const TOOL_MAX: Duration = Duration::from_secs(60);
 /// A large disk on a slow one.
-const FLATTEN_MAX: Duration = Duration::from_secs(3 * 3600);
+const CONVERT_MAX: Duration = Duration::from_secs(6 * 3600);
 
 /// What was found.
 #[derive(Clone, Debug)]
@@ -96,9 +96,26 @@ impl Tools {
             .args(["convert", "-f", "qcow2", "-O", "qcow2"])
             .arg(overlay)
             .arg(to);
-        output_within(&mut convert, FLATTEN_MAX).await?;
+        output_within(&mut convert, CONVERT_MAX).await?;
         let synced = std::fs::File::open(to).and_then(|file| file.sync_all());
         synced.map_err(|e| DriverError::Busy(format!("cannot write {}: {e}", to.display())))
+    }
+
+    /// Write into `disk`, a copy of `base`, what `overlay` says otherwise. Neither of these is written to.
+    pub(super) async fn lay_over(
+        &self,
+        (base, format): (&Path, &str),
+        overlay: &Path,
+        disk: &Path,
+    ) -> Result<(), DriverError> {
+        let mut convert = Command::new(&self.img);
+        convert
+            .args(["convert", "-q", "-n", "-f", "qcow2", "-O", format])
+            .args(["-F", format, "-B"])
+            .arg(base)
+            .arg(overlay)
+            .arg(disk);
+        output_within(&mut convert, CONVERT_MAX).await.map(drop)
     }
 }
 

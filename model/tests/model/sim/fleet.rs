@@ -3,10 +3,11 @@
 
 use crate::sample::{self, Random};
 use mainstay_agent::converge::rehearsal::Rehearsal;
-use mainstay_agent::wire::{DesiredInstance, DesiredSet, ImageRef, Observed};
+use mainstay_agent::wire::{DesiredInstance, DesiredSet, ImageRef, Observed, SaveOrder};
 use mainstay_model::instance::{Observation, ObservedPhase, VmInfo, Wanted};
 use mainstay_model::node::NodeSpec;
 use mainstay_model::plan::desired;
+use mainstay_model::save::{SaveReport, SaveSaid};
 use mainstay_model::{NodeId, State, TemplateId};
 use std::collections::BTreeSet;
 
@@ -125,10 +126,19 @@ pub fn line(state: &State, node: &NodeId) -> Option<DesiredSet> {
             id: shall.id.to_string(),
             generation: shall.generation,
             run: shall.wanted != Wanted::Gone,
-            keep: shall.wanted == Wanted::Keep,
+            keep: matches!(shall.wanted, Wanted::Keep | Wanted::Restart | Wanted::Save),
+            restart: shall.wanted == Wanted::Restart,
             ..DesiredInstance::default()
         };
-        if let Some(i) = shall.instance.filter(|_| shall.wanted == Wanted::Run) {
+        if shall.wanted == Wanted::Save {
+            wish.save = state.save_of(shall.id).map(|save| SaveOrder {
+                id: save.id.to_string(),
+                go: save.begun_ms.is_some(),
+                ..SaveOrder::default()
+            });
+        }
+        let named = matches!(shall.wanted, Wanted::Run | Wanted::Restart | Wanted::Save);
+        if let Some(i) = shall.instance.filter(|_| named) {
             let template = state.templates.get(&i.request.template);
             let tag = template.and_then(|t| t.tags.get(&i.tag_number));
             wish.image = ImageRef {
@@ -185,4 +195,23 @@ pub fn observation(seen: &Observed) -> Observation {
         }),
         script: None,
     }
+}
+
+/// The same of what is said of a save.
+pub fn save_report(seen: &Observed) -> Option<SaveReport> {
+    let save = seen.save.as_ref()?;
+    let said = match save.phase.as_str() {
+        "begun" => SaveSaid::Begun,
+        "pushed" => SaveSaid::Pushed,
+        "failed" => SaveSaid::Failed {
+            why: save.message.clone(),
+            stopped: save.stopped,
+        },
+        other => panic!("phase {other} of a save"),
+    };
+    Some(SaveReport {
+        id: save.id.as_str().into(),
+        said,
+        script: None,
+    })
 }

@@ -4,7 +4,7 @@
 //! ([`truth`]); then the faults stop, and everything must come to rest.
 //!
 //! * `world`: time and events; `cluster`: log, members and leaders; `fleet`: nodes and their agents;
-//! * `people`: clients, operators and faults; `truth`: what must hold; `oracle`: a slow planner beside the real one.
+//! * `people`: clients, operators and faults; `saves`: instances that become tags; `truth`: what must hold; `oracle`: a slow planner beside the real one.
 //!
 //! `MAINSTAY_SEED=n` runs one seed, `MAINSTAY_SIM_SEEDS=n` so many instead of what CI has time for (from
 //! `MAINSTAY_SIM_FIRST=n` on), `MAINSTAY_SIM_LEVEL=n` with the commands of an older feature level.
@@ -13,6 +13,7 @@ mod cluster;
 mod fleet;
 mod oracle;
 mod people;
+mod saves;
 mod truth;
 mod world;
 
@@ -138,6 +139,8 @@ fn whatever_happens_no_instance_is_lost_or_runs_twice() {
         "plans",
         "plans compared",
         "left behind",
+        "saves done",
+        "saves failed",
     ] {
         assert!(
             total.get(needed).is_some_and(|n| *n > 20),

@@ -91,7 +91,7 @@ impl World {
     }
 
     fn wish(&mut self) -> Option<Command> {
-        match self.random.below(35) {
+        match self.random.below(39) {
             0..=11 => self.start(),
             12..=21 => {
                 let id = self.any_instance()?;
@@ -109,6 +109,7 @@ impl World {
                 Some(Command::RestartInstance { id })
             }
             32..=34 => self.distribute(),
+            35..=38 => self.wish_for_save(),
             _ => self.change_templates(),
         }
     }

@@ -66,6 +66,12 @@ impl Truth {
             self.instance(state, instance)
                 .map_err(|why| format!("instance {}: {why}", instance.id))?;
         }
+        for save in state.saves.values() {
+            let done = save.end.as_ref().is_some_and(|end| end.error.is_none());
+            ensure(!done || save.published.is_some(), || {
+                format!("save {}: done without a tag", save.id)
+            })?;
+        }
         self.gone(state)?;
         self.loads(state)
     }
@@ -225,6 +231,8 @@ pub fn rest(state: &State, fleet: &[Machine], now: u64) -> Checked {
     ensure(evicted.is_none(), || {
         format!("still to be dropped: {evicted:?}")
     })?;
+    let open = state.open_saves().next();
+    ensure(open.is_none(), || format!("still open: {open:?}"))?;
     let left = state.left.keys().next();
     ensure(left.is_none(), || {
         format!("instance {left:?}: still left behind")

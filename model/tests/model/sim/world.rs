@@ -1,14 +1,15 @@
 //! Time and what happens in it. Each event is one step; equal seeds have equal steps.
 
 use super::cluster::{Cluster, JUDGE_EVERY_MS};
-use super::fleet::{Machine, Session, line, observation};
+use super::fleet::{Machine, Session, line, observation, save_report};
 use super::truth::{self, Truth};
-use super::{Shape, oracle};
+use super::{Shape, oracle, saves};
 use crate::sample::Random;
 use mainstay_agent::converge::rehearsal::{Did, How};
 use mainstay_agent::wire::DesiredSet;
 use mainstay_model::instance::Observation;
-use mainstay_model::{Command, Envelope, Outcome, TemplateId, invariants, plan};
+use mainstay_model::save::SaveReport;
+use mainstay_model::{Command, Envelope, Outcome, SaveId, TemplateId, invariants, plan};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Milliseconds that an ended instance is kept.
@@ -61,6 +62,7 @@ pub enum Event {
         node: usize,
         behind: bool,
         seen: Vec<Observation>,
+        saves: Vec<SaveReport>,
         images: BTreeSet<(TemplateId, u32)>,
     },
     People,
@@ -81,6 +83,8 @@ pub struct World {
     pub made: u64,
     events: BTreeMap<(u64, u64), Event>,
     sequence: u64,
+    /// Saves whose disk no member takes, as their agents were answered.
+    pub refused: BTreeSet<SaveId>,
     /// When the scheduler looks next.
     scheduling: Option<u64>,
     commits: u64,
@@ -109,6 +113,7 @@ impl World {
             made: 0,
             events: BTreeMap::new(),
             sequence: 0,
+            refused: BTreeSet::new(),
             scheduling: None,
             commits: 0,
             trace,
@@ -253,9 +258,10 @@ impl World {
                 node,
                 behind,
                 seen,
+                saves,
                 images,
             } => {
-                self.report(node, behind, &seen, images);
+                self.report(node, behind, &seen, saves, images);
             }
             Event::People => self.people(),
             Event::Fault => self.fault(),
@@ -275,7 +281,17 @@ impl World {
         let starting = self.starting(&envelope.command);
         let command = envelope.command.clone();
         let known = self.cluster.head.outcome_of(envelope.id).is_some();
+        let saves: Vec<_> = self
+            .cluster
+            .head
+            .open_saves()
+            .map(|save| save.id.clone())
+            .collect();
         let outcome = self.cluster.commit(envelope);
+        self.count_saves(&saves);
+        if let (Command::PublishSaved { disk }, Outcome::Refused(_)) = (&command, &outcome) {
+            self.refused.insert(disk.save.clone());
+        }
         self.note(&command, &outcome);
         if starting && outcome == Outcome::Done && !known {
             self.count("terminated while starting");
@@ -423,6 +439,9 @@ impl World {
                 retention_ms,
             };
             self.propose(leader, over);
+        }
+        if self.now >= self.cluster.silent_until {
+            self.expire_saves(leader, now);
         }
         self.after(2_000, Event::Expire { term });
     }
@@ -591,12 +610,13 @@ impl World {
         let at = self.random.below(count) as usize;
         let busy = machine.agent.busy().nth(at).map(str::to_owned);
         let id = busy.ok_or("nobody is busy")?;
-        let how = match (self.calm, self.random.below(30)) {
+        let luck = match (self.calm, self.random.below(30)) {
             (true, _) | (_, 3..) => How::Well,
             (_, 0) => How::Failed,
             _ => How::Busy,
         };
-        let did = machine.agent.step(&id, how);
+        let how = self.look_for_tag(node, &id).unwrap_or(luck);
+        let did = self.fleet[node].agent.step(&id, how);
         match did {
             Did::Made => {
                 self.count("VMs made");
@@ -608,9 +628,10 @@ impl World {
                 }
             }
             Did::Removed => self.count("VMs removed"),
+            Did::Pushed => self.publish_saved(node, &id),
             Did::Nothing => {}
         }
-        if how == How::Busy {
+        if luck == How::Busy {
             self.count("rejected");
         }
         self.begin(node);
@@ -662,12 +683,15 @@ impl World {
         if let Some(image) = goes {
             machine.images.remove(&image);
         }
-        let seen = machine.agent.observe().iter().map(observation).collect();
+        let observed = machine.agent.observe();
+        let seen = observed.iter().map(observation).collect();
+        let saves = observed.iter().filter_map(save_report).collect();
         let images = machine.images.clone();
         let report = Event::Report {
             node,
             behind: session.behind,
             seen,
+            saves,
             images,
         };
         let delay = match (calm, self.random.below(30)) {
@@ -706,6 +730,7 @@ impl World {
         node: usize,
         behind: bool,
         seen: &[Observation],
+        saves: Vec<SaveReport>,
         images: BTreeSet<(TemplateId, u32)>,
     ) {
         if self.now < self.cluster.silent_until {
@@ -735,6 +760,7 @@ impl World {
                 changes: news,
             });
         }
+        commands.extend(saves::told(state, &id, saves, &mut self.random));
         self.cluster.heard(&id, self.now);
         if !old.is_empty() && self.fleet.len() < 100 && self.random.one_in(16) {
             // What is said to be no news changes nothing.
