@@ -418,12 +418,11 @@ impl Board {
             .chain(self.locals.keys().map(String::as_str))
             .chain(self.vms.keys().map(String::as_str))
             .collect();
-        ids.into_iter()
-            .filter_map(|id| {
-                let wanted = wanted.get(id).copied();
-                view::observe(id, wanted, self.locals.get(id), self.vms.get(id))
-            })
-            .collect()
+        let seen = ids.into_iter().filter_map(|id| {
+            let wanted = wanted.get(id).copied();
+            view::observe(id, wanted, self.locals.get(id), self.vms.get(id))
+        });
+        view::bounded(seen.collect())
     }
 
     /// Manifests that VMs stand on; `None` if that cannot be said.

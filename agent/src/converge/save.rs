@@ -224,10 +224,19 @@ impl Saver {
             save: self.order.id.clone(),
         };
         let told = parking_lot::Mutex::new(None);
-        let progress = |done: u64, total: u64| self.pushing(done, total, &mut told.lock());
+        // How far it came, and when: a push that goes on is no failure, however long it takes.
+        let furthest = parking_lot::Mutex::new((0, Instant::now()));
+        let progress = |done: u64, total: u64| {
+            {
+                let mut furthest = furthest.lock();
+                if done > furthest.0 {
+                    *furthest = (done, Instant::now());
+                }
+            }
+            self.pushing(done, total, &mut told.lock());
+        };
         let patience = self.inner.settings.push_patience;
         let mut published = false;
-        let since = Instant::now();
         let mut pause = self.inner.settings.retry_pause;
         loop {
             match self.inner.images.deliver(disk, &spec, &progress).await {
@@ -240,7 +249,9 @@ impl Saver {
                         "a saved disk waits for copies"
                     );
                 }
-                Err(TransferError::Unavailable(why)) if published || since.elapsed() < patience => {
+                Err(TransferError::Unavailable(why))
+                    if published || furthest.lock().1.elapsed() < patience =>
+                {
                     tracing::warn!(instance = self.wish.id, why, "push failed; trying again");
                 }
                 Err(error) => return Err(error.to_string()),

@@ -108,6 +108,30 @@ fn saved(
     }
 }
 
+/// Bytes of output of saves' scripts in one report, beyond the first: as JSON they may be six times as many, and a
+/// member reads no report over 64 MiB.
+const OUTPUTS_MAX: usize = 6 << 20;
+
+/// The same with no more output than a member reads. A save whose output has to wait for the next report is not
+/// said to have ended before: the output of one that has is not taken any more.
+pub(super) fn bounded(mut all: Vec<Observed>) -> Vec<Observed> {
+    let mut told = 0;
+    for save in all.iter_mut().filter_map(|seen| seen.save.as_mut()) {
+        let Some(script) = &save.script else {
+            continue;
+        };
+        let bytes = script.stdout.len() + script.stderr.len();
+        if told == 0 || told + bytes <= OUTPUTS_MAX {
+            told += bytes;
+            continue;
+        }
+        save.script = None;
+        "begun".clone_into(&mut save.phase);
+        save.message.clear();
+    }
+    all
+}
+
 /// What is there, told at the generation at which it was last named.
 fn kept_as_is(
     wanted: &DesiredInstance,
@@ -158,5 +182,46 @@ fn say(id: &str, generation: u64, phase: &str, message: &str) -> Observed {
         phase: phase.to_owned(),
         message: message.to_owned(),
         ..Observed::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::ScriptResult;
+
+    #[test]
+    fn outputs_that_do_not_fit_wait_for_the_next_report() {
+        let seen = |bytes: usize| Observed {
+            save: Some(SaveSeen {
+                phase: "failed".to_owned(),
+                message: "script exit code 1".to_owned(),
+                script: Some(ScriptResult {
+                    stdout: "\0".repeat(bytes),
+                    ..ScriptResult::default()
+                }),
+                ..SaveSeen::default()
+            }),
+            ..Observed::default()
+        };
+        let told = |all: &[usize]| -> Vec<bool> {
+            let all = bounded(all.iter().map(|bytes| seen(*bytes)).collect());
+            let saves = all.into_iter().filter_map(|seen| seen.save);
+            let told = saves.map(|save| {
+                let whole = save.script.is_some();
+                assert_eq!(save.phase, if whole { "failed" } else { "begun" });
+                assert_eq!(save.message.is_empty(), !whole);
+                whole
+            });
+            told.collect()
+        };
+        let mib = 1 << 20;
+        assert_eq!(told(&[2 * mib; 4]), [true, true, true, false]);
+        assert_eq!(told(&[mib, 6 * mib, mib]), [true, false, true]);
+        assert_eq!(
+            told(&[9 * mib, 0, 1]),
+            [true, false, false],
+            "one always goes"
+        );
     }
 }
