@@ -36,7 +36,7 @@ fn short_memory(config: &mut GroupConfig) {
 /// Propose through a leader that nobody hears, let the others write `puts` times meanwhile, heal.
 /// Again, should another have been elected on a busy machine just before the leader was cut off.
 async fn propose_through_a_lost_leader(puts: u64) -> (Cluster, Result<u64, GroupError>) {
-    for _ in 0..5 {
+    for _ in 0..20 {
         let cluster = Cluster::founded(3, short_memory).await;
         let old = cluster.leader().await;
         let rest = others(&cluster, old);
