@@ -537,7 +537,9 @@ impl Member {
                 ..reconcile::ReconcileConfig::new(unreachable, lease)
             },
         );
-        let api = ApiState::new(app, liveness, about).with_peers(port.http.for_cluster(cluster_id));
+        let api = ApiState::new(app, liveness, about)
+            .with_peers(port.http.for_cluster(cluster_id))
+            .with_tunnels(nodes.tunnels().clone());
         Ok(Self {
             group,
             _consensus: consensus,
@@ -567,6 +569,7 @@ impl Member {
     async fn part(self, doors: &Doors, port: &Arc<PeerPort>) {
         doors.close_to_clients(port);
         doors.peer.set(removed(port));
+        self.nodes.tunnels().close();
         self.reconcilers.abort();
         self.group.shutdown().await;
         drop(self);
@@ -585,6 +588,8 @@ impl Member {
         }
         self.reconcilers.abort();
         drop(self.tasks);
+        // They would outlive the ports, and end without a word.
+        self.nodes.tunnels().close();
         let answered = open.clients.close(CLIENTS_MAX).await;
         if !open.peers.close(PEERS_MAX).await {
             tracing::debug!("a member's request was cut off");

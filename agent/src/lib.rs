@@ -7,6 +7,7 @@
 //! * [`converge`]: what must happen so that the node runs what it shall run, and who does it.
 //! * [`cache`] keeps images.
 //! * [`share`]: chunks of them for other nodes.
+//! * [`tunnel`]: ends of what members carry to VMs.
 //! * [`wire`]: what agent and controller say to each other (JSON over HTTP).
 //! * [`driver`]: what runs VMs: `qemu` (real), `fake` (scale tests).
 
@@ -18,4 +19,5 @@ pub mod join;
 pub mod share;
 pub mod sync;
 pub mod transfer;
+pub mod tunnel;
 pub mod wire;

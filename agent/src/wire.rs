@@ -3,7 +3,8 @@
 //! | call | meaning |
 //! | --- | --- |
 //! | `POST /agent/v1/register` [`RegisterRequest`] -> [`RegisterResponse`] | join or come back; idempotent by node id |
-//! | `GET /agent/v1/desired?node_id=N` -> stream of [`DesiredSet`], one JSON object per line | first line at once, then one whenever the set or the members change, and the same again every few seconds as keepalive |
+//! | `GET /agent/v1/desired?node_id=N&tunnels=1` -> stream of [`DesiredSet`], one JSON object per line | first line at once, then one whenever the set or the members change, and the same again every few seconds as keepalive. To an agent that says `tunnels=1`, in between: orders, of which only `tunnel` counts |
+//! | `GET /agent/v1/tunnel?node_id=N`, an upgrade | what an order asks for: see [`crate::tunnel`] |
 //! | `POST /agent/v1/report` [`Report`] -> [`ReportResponse`] | heartbeat and observations; refused by a member without a quorum behind it |
 //!
 //! Images come from the registry port: see [`crate::transfer::api`].
@@ -75,6 +76,62 @@ pub struct DesiredSet {
     pub controllers: Vec<String>,
     /// Registry addresses of all members, likewise.
     pub registries: Vec<String>,
+    /// This is no set, but an order.
+    pub tunnel: Option<TunnelOrder>,
+}
+
+/// Dial out to the member that says this, and name the tunnel. To be done once, now or never.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TunnelOrder {
+    /// A secret of one use.
+    pub id: String,
+}
+
+/// What a tunnel is for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Access {
+    /// Instance id.
+    pub instance: String,
+    /// `exec`, `console`, `vnc`, `tcp`, `log`.
+    pub kind: String,
+    /// With `tcp`: port in the guest.
+    pub port: u16,
+    /// With `log`: go on for as long as there is a console.
+    pub follow: bool,
+}
+
+/// A program to run in a guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ExecCommand {
+    /// The program, looked up in the guest's path, and its arguments.
+    pub argv: Vec<String>,
+    /// Killed after so many seconds; 0 = never.
+    pub timeout_s: u32,
+}
+
+/// How a program ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ExecEnd {
+    /// Exit code; 128 and the signal's number if it was killed.
+    pub code: i32,
+    /// Killed for its time.
+    pub did_timeout: bool,
+    /// It wrote more than the guest agent keeps: the outputs are not whole.
+    pub truncated: bool,
+}
+
+/// Why a tunnel does not do what it was asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TunnelRefusal {
+    /// A sentence.
+    pub message: String,
+    /// Of a program: it may have run. Else nothing was done.
+    pub unknown: bool,
 }
 
 /// One instance of the desired set.

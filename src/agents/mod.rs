@@ -4,6 +4,7 @@
 //!
 //! * [`liveness`]: heartbeats and soft figures, in memory, obtainable on every member.
 //! * [`exchange`]: how members tell each other what they heard.
+//! * [`tunnels`]: ways to what is in VMs, through the streams.
 //! * `desired`: what a node shall run, from the state; `streams`: who is told when it changes.
 //! * `intake`: reports become commands; `translate`: words of the wire and of the model.
 //!
@@ -19,8 +20,10 @@ mod streams;
 #[cfg(test)]
 mod tests;
 mod translate;
+pub mod tunnels;
 
 pub use liveness::Liveness;
+pub use tunnels::Tunnels;
 
 use crate::app::{App, AppError, Consistency};
 use crate::peer::PeerClient;
@@ -100,6 +103,7 @@ struct Inner {
     streams: Streams,
     intake: Intake,
     exchange: Exchange,
+    tunnels: Tunnels,
     tasks: Vec<AbortHandle>,
 }
 
@@ -123,6 +127,7 @@ impl AgentsState {
         let mut tasks = JoinSet::new();
         let streams = Streams::new(addresses(&app.group().status()));
         let exchange = Exchange::new(config.exchange_grace);
+        let tunnels = Tunnels::new(app.clone(), peers.clone(), streams.clone());
         let abort = vec![
             tasks.spawn(streams::watch(app.clone(), streams.clone())),
             tasks.spawn(exchange::run(
@@ -143,9 +148,15 @@ impl AgentsState {
                 streams,
                 intake,
                 exchange,
+                tunnels,
                 tasks: abort,
             }),
         }
+    }
+
+    /// Ways to what is in VMs.
+    pub fn tunnels(&self) -> &Tunnels {
+        &self.inner.tunnels
     }
 }
 
@@ -156,15 +167,17 @@ pub fn agents_router(state: AgentsState) -> Router {
         .route("/agent/v1/desired", get(desired_stream))
         .route("/agent/v1/report", post(report))
         .layer(DefaultBodyLimit::max(BODY_MAX))
-        .with_state(state)
+        .with_state(state.clone())
+        .merge(tunnels::agents_router(state.inner.tunnels.clone()))
 }
 
-/// The members' call, for the peer port.
+/// The members' calls, for the peer port.
 pub fn exchange_router(state: AgentsState) -> Router {
     Router::new()
         .route(exchange::PATH, post(exchanged))
         .layer(DefaultBodyLimit::max(EXCHANGE_BODY_MAX))
-        .with_state(state)
+        .with_state(state.clone())
+        .merge(tunnels::peer_router(state.inner.tunnels.clone()))
 }
 
 /// A call that was not answered as asked: a status and a sentence.
@@ -234,6 +247,9 @@ async fn register(
 #[derive(Deserialize)]
 struct OfNode {
     node_id: String,
+    /// 1: the agent takes orders for tunnels.
+    #[serde(default)]
+    tunnels: u32,
 }
 
 /// Opened only with a state that is as new as any acknowledged write, and moving only forward from
@@ -242,7 +258,7 @@ async fn desired_stream(
     State(state): State<AgentsState>,
     Query(call): Query<OfNode>,
 ) -> Result<Response, Refused> {
-    let id = NodeId::from(call.node_id);
+    let (id, takes) = (NodeId::from(call.node_id), call.tunnels > 0);
     let inner = &state.inner;
     if !inner
         .app
@@ -257,7 +273,7 @@ async fn desired_stream(
     let lines = inner.streams.lines(
         inner.app.clone(),
         inner.exchange.clone(),
-        id,
+        (id, takes),
         inner.config.heartbeat,
     );
     let body = Body::from_stream(lines);

@@ -2,6 +2,7 @@
 //! have a stream here, and wakes those whose set changed; ten thousand idle streams cost a look each.
 //! Every line also says where the members are, and one is sent when that changes: an agent that was given
 //! a single address knows the others as soon as there are any, whatever becomes of that one.
+//! Orders travel in between, to agents that take them.
 
 use super::addresses;
 use super::desired::desired_set;
@@ -10,13 +11,14 @@ use crate::app::{App, Consistency};
 use axum::body::Bytes;
 use futures::Stream;
 use futures::StreamExt as _;
+use mainstay_agent::wire::{DesiredSet, TunnelOrder};
 use mainstay_model::NodeId;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 /// The look at all streams takes at most this part of a core.
@@ -25,7 +27,36 @@ const LOOK_SHARE: u32 = 5;
 /// ends, so that its agent looks elsewhere.
 const STALE_BEATS: u32 = 3;
 
-type Desks = Arc<Mutex<BTreeMap<NodeId, watch::Sender<u64>>>>;
+/// Orders on their way into one stream; more means that nobody reads it.
+const ORDERS_MAX: usize = 16;
+
+type Desks = Arc<Mutex<BTreeMap<NodeId, Desk>>>;
+
+/// The streams of one node: one, but for a while after its agent came back.
+#[derive(Default)]
+struct Desk {
+    generation: watch::Sender<u64>,
+    /// Of those that take orders, the oldest first.
+    takers: Vec<mpsc::Sender<TunnelOrder>>,
+}
+
+/// An agent's stream, as one looks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Seat {
+    /// It takes orders.
+    pub(super) takes: bool,
+}
+
+/// Why an order did not go out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Undelivered {
+    /// The node's agent has no stream here.
+    Elsewhere,
+    /// It has, and knows no orders.
+    Old,
+    /// It reads none.
+    Busy,
+}
 
 /// API and registry addresses of all members.
 pub(super) type Addresses = (Vec<String>, Vec<String>);
@@ -53,8 +84,9 @@ pub(super) async fn watch(app: App, streams: Streams) {
         if let Ok(state) = app.read(Consistency::Stale).await {
             streams.desks.lock().retain(|id, desk| {
                 let now = state.nodes.get(id).map_or(0, |n| n.desired_generation);
-                desk.send_if_modified(|told| std::mem::replace(told, now) != now);
-                desk.receiver_count() > 0
+                let told = &desk.generation;
+                told.send_if_modified(|told| std::mem::replace(told, now) != now);
+                told.receiver_count() > 0
             });
         }
         sleep(began.elapsed() * LOOK_SHARE).await;
@@ -66,6 +98,7 @@ struct Line {
     exchange: Exchange,
     id: NodeId,
     generation: watch::Receiver<u64>,
+    orders: mpsc::Receiver<TunnelOrder>,
     members: watch::Receiver<Arc<Addresses>>,
     beat: Duration,
     fresh: Instant,
@@ -80,24 +113,51 @@ impl Streams {
         }
     }
 
-    /// A line at once, one on each change, and the last again every `beat`.
+    /// The node's stream here, if its agent has one.
+    pub(super) fn seat(&self, id: &NodeId) -> Option<Seat> {
+        let desks = self.desks.lock();
+        let desk = desks.get(id)?;
+        let open = desk.generation.receiver_count() > 0;
+        let takes = desk.takers.iter().any(|taker| !taker.is_closed());
+        open.then_some(Seat { takes })
+    }
+
+    /// Send an order into the node's newest stream. That it is carried out is not said.
+    pub(super) fn order(&self, id: &NodeId, order: TunnelOrder) -> Result<(), Undelivered> {
+        let mut desks = self.desks.lock();
+        let desk = desks.get_mut(id).ok_or(Undelivered::Elsewhere)?;
+        desk.takers.retain(|taker| !taker.is_closed());
+        match desk.takers.last() {
+            Some(taker) => taker.try_send(order).map_err(|_| Undelivered::Busy),
+            None if desk.generation.receiver_count() > 0 => Err(Undelivered::Old),
+            None => Err(Undelivered::Elsewhere),
+        }
+    }
+
+    /// A line at once, one on each change, and the last again every `beat`; orders, if the agent `takes` them.
     pub(super) fn lines(
         &self,
         app: App,
         exchange: Exchange,
-        id: NodeId,
+        (id, takes): (NodeId, bool),
         beat: Duration,
     ) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static + use<> {
+        let (give, orders) = mpsc::channel(ORDERS_MAX);
         let generation = {
             let mut desks = self.desks.lock();
             let desk = desks.entry(id.clone()).or_default();
-            desk.subscribe()
+            desk.takers.retain(|taker| !taker.is_closed());
+            if takes {
+                desk.takers.push(give);
+            }
+            desk.generation.subscribe()
         };
         let line = Line {
             app,
             exchange,
             id,
             generation,
+            orders,
             members: self.members.subscribe(),
             beat,
             fresh: Instant::now(),
@@ -116,13 +176,18 @@ impl Line {
         if self.last.is_some() {
             let news = async {
                 tokio::select! {
-                    set = self.generation.changed() => set,
-                    members = self.members.changed() => members,
+                    set = self.generation.changed() => set.map(|()| None),
+                    members = self.members.changed() => members.map(|()| None),
+                    // Closed where the agent takes none.
+                    Some(order) = self.orders.recv() => Ok(Some(order)),
                 }
             };
-            // Ended with the member, or time for a sign of life, or news.
-            if let Ok(Err(_)) = timeout(self.beat, news).await {
-                return None;
+            match timeout(self.beat, news).await {
+                // Ended with the member.
+                Ok(Err(_)) => return None,
+                Ok(Ok(Some(order))) => return line(&order_of(order)),
+                // News, or time for a sign of life.
+                Ok(Ok(None)) | Err(_) => {}
             }
         }
         if self.exchange.fresh() {
@@ -144,10 +209,21 @@ impl Line {
         drop(state);
         set.controllers.clone_from(&members.0);
         set.registries.clone_from(&members.1);
-        let mut line = serde_json::to_vec(&set).ok()?;
-        line.push(b'\n');
-        let line = Bytes::from(line);
+        let line = line(&set)?;
         self.last = Some((now, members, line.clone()));
         Some(line)
+    }
+}
+
+fn line(set: &DesiredSet) -> Option<Bytes> {
+    let mut line = serde_json::to_vec(set).ok()?;
+    line.push(b'\n');
+    Some(line.into())
+}
+
+fn order_of(order: TunnelOrder) -> DesiredSet {
+    DesiredSet {
+        tunnel: Some(order),
+        ..DesiredSet::default()
     }
 }

@@ -7,6 +7,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::time::{Duration, Instant};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::Role;
 
 /// Header under which a request and all its retries are one request (see docs/rest-dialect.md).
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
@@ -16,6 +20,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest time for a call with all its attempts.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same for an answer that opens a way into a VM: its node's agent has to be found, and the VM's own answer.
+const WAY_TIMEOUT: Duration = Duration::from_secs(35);
 /// Pause after every member was tried in vain.
 const ROUND_PAUSE: Duration = Duration::from_millis(250);
 
@@ -53,6 +59,9 @@ fn list(tried: &[(String, String)]) -> String {
         .collect()
 }
 
+/// A WebSocket to a member.
+pub type Socket = WebSocketStream<reqwest::Upgraded>;
+
 /// One of the answers: keep asking elsewhere, or done.
 enum Attempt {
     Done(Result<Value, ClientError>),
@@ -65,6 +74,8 @@ pub struct ApiClient {
     endpoints: Vec<String>,
     home: Mutex<usize>,
     http: reqwest::Client,
+    /// For answers that go on for as long as they like.
+    ways: reqwest::Client,
 }
 
 impl ApiClient {
@@ -77,16 +88,25 @@ impl ApiClient {
                 "no endpoints: name members with --endpoints or MAINSTAY_ENDPOINTS".to_owned(),
             ));
         }
-        let http = reqwest::Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(ATTEMPT_TIMEOUT)
-            .no_proxy()
+        let plain = || {
+            reqwest::Client::builder()
+                .connect_timeout(CONNECT_TIMEOUT)
+                .no_proxy()
+        };
+        let failed =
+            |e: reqwest::Error| ClientError::Usage(format!("cannot set up an HTTP client: {e}"));
+        let http = plain().timeout(ATTEMPT_TIMEOUT).build().map_err(failed)?;
+        let ways = plain()
+            .tcp_nodelay(true)
+            .tcp_keepalive(Duration::from_secs(15))
+            .http1_only()
             .build()
-            .map_err(|e| ClientError::Usage(format!("cannot set up an HTTP client: {e}")))?;
+            .map_err(failed)?;
         Ok(Self {
             endpoints,
             home: Mutex::new(0),
             http,
+            ways,
         })
     }
 
@@ -135,6 +155,80 @@ impl ApiClient {
             Attempt::Done(done) => decode(&base, done?),
             Attempt::Next(why) => Err(ClientError::Unreachable(vec![(base, why)])),
         }
+    }
+
+    /// `GET` of a path that is answered with a WebSocket, from the first member that can.
+    pub async fn socket(&self, path: &str) -> Result<Socket, ClientError> {
+        let key = generate_key();
+        let headers = [
+            (header::CONNECTION, "Upgrade"),
+            (header::UPGRADE, "websocket"),
+            (header::SEC_WEBSOCKET_VERSION, "13"),
+            (header::SEC_WEBSOCKET_KEY, &key),
+        ];
+        let (url, answer) = self.way(path, &headers).await?;
+        let strange = |reason: String| ClientError::Strange {
+            url: url.clone(),
+            reason,
+        };
+        let accept = answer.headers().get(header::SEC_WEBSOCKET_ACCEPT);
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS
+            || accept.is_none_or(|a| a.as_bytes() != derive_accept_key(key.as_bytes()).as_bytes())
+        {
+            let status = answer.status();
+            return Err(strange(format!("HTTP {status}, but no WebSocket")));
+        }
+        let upgraded = answer.upgrade().await.map_err(|e| strange(root(&e)))?;
+        Ok(WebSocketStream::from_raw_socket(upgraded, Role::Client, None).await)
+    }
+
+    /// `GET` of a path that is answered with bytes, from the first member that can; they may go on for ever.
+    pub async fn stream(&self, path: &str) -> Result<Response, ClientError> {
+        Ok(self.way(path, &[]).await?.1)
+    }
+
+    /// An answer that is no envelope, from the first member that gives one, and who gave it.
+    async fn way(
+        &self,
+        path: &str,
+        headers: &[(header::HeaderName, &str)],
+    ) -> Result<(String, Response), ClientError> {
+        let mut tried = Vec::new();
+        let first = *self.home.lock();
+        for step in 0..self.endpoints.len() {
+            let at = (first + step) % self.endpoints.len();
+            let base = &self.endpoints[at];
+            let request = headers.iter().fold(
+                self.ways.get(format!("{base}{path}")),
+                |r, (name, value)| r.header(name, *value),
+            );
+            let why = match tokio::time::timeout(WAY_TIMEOUT, request.send()).await {
+                Err(_) => "no answer in time".to_owned(),
+                Ok(Err(e)) if e.is_connect() => format!("{CANNOT_CONNECT}: {}", root(&e)),
+                Ok(Err(e)) if e.is_builder() => return Err(ClientError::Usage(root(&e))),
+                Ok(Err(e)) => format!("connection lost: {}", root(&e)),
+                Ok(Ok(answer)) => {
+                    let json = answer.headers().get(header::CONTENT_TYPE);
+                    let json = json.is_some_and(|v| v.as_bytes().starts_with(b"application/json"));
+                    let status = answer.status();
+                    if !json && (status.is_success() || status.is_informational()) {
+                        *self.home.lock() = at;
+                        return Ok((base.clone(), answer));
+                    }
+                    match read(base, answer).await {
+                        Attempt::Next(why) => why,
+                        Attempt::Done(Err(error)) => return Err(error),
+                        Attempt::Done(Ok(_)) => {
+                            let reason = "an envelope instead of bytes".to_owned();
+                            let url = base.clone();
+                            return Err(ClientError::Strange { url, reason });
+                        }
+                    }
+                }
+            };
+            tried.push((base.clone(), why));
+        }
+        Err(ClientError::Unreachable(tried))
     }
 
     async fn call<T: DeserializeOwned>(

@@ -1,6 +1,7 @@
-//! `mainstay instance`: start, list, show, restart, save and terminate instances over the REST dialect. Knows the
-//! dialect's members by name; refuses to interpret states beyond waiting for one.
+//! `mainstay instance`: start, list, show, restart, save and terminate instances over the REST dialect, and ways into
+//! them (`access`). Knows the dialect's members by name; refuses to interpret states beyond waiting for one.
 
+use super::access::{self, ExecArgs, LogsArgs, SshArgs, TcpArgs, VncArgs};
 use super::client::{ApiClient, query};
 use super::save::{self, SaveArgs};
 use super::table::{self, Output, Table};
@@ -17,7 +18,7 @@ use time::format_description::well_known::Rfc3339;
 /// Time between two looks at an instance that is waited for.
 pub(super) const POLL: Duration = Duration::from_millis(500);
 
-/// Start, list, show, restart, save and terminate instances.
+/// Start, list, show, restart, save and terminate instances; get into them.
 #[derive(Args, Debug)]
 pub struct InstanceArgs {
     #[command(subcommand)]
@@ -46,6 +47,21 @@ enum InstanceCommand {
     /// Make a tag of an instance's disk; the instance ends when the tag is there
     #[command(alias = "save-image")]
     Save(Box<SaveArgs>),
+    /// Run a program in a started instance's guest, and exit with its exit code
+    Exec(ExecArgs),
+    /// Be at an instance's serial console; Ctrl-] ends
+    Console {
+        /// Instance id
+        id: String,
+    },
+    /// Print what an instance's console said, and its startup script
+    Logs(LogsArgs),
+    /// SSH to an instance, with this machine's `ssh`
+    Ssh(SshArgs),
+    /// Connect to a port of an instance's guest
+    Tcp(TcpArgs),
+    /// Show an instance's screen to VNC viewers on this machine
+    Vnc(VncArgs),
     /// End instances and delete their VMs
     Terminate {
         /// Instance ids
@@ -127,6 +143,12 @@ pub async fn run(args: InstanceArgs, endpoints: &[String], output: Output) -> an
             Ok(table::emit(output, &instance, details)?)
         }
         InstanceCommand::Restart { ids, wait } => restart(&client, &ids, &wait, output).await,
+        InstanceCommand::Exec(args) => access::exec(&client, &args).await,
+        InstanceCommand::Console { id } => access::console(&client, &id).await,
+        InstanceCommand::Logs(args) => access::logs(&client, &args).await,
+        InstanceCommand::Ssh(args) => access::ssh(&args, endpoints).await,
+        InstanceCommand::Tcp(args) => access::tcp(&client, &args).await,
+        InstanceCommand::Vnc(args) => access::vnc(&client, &args).await,
         InstanceCommand::Save(args) => save::run(&client, &args, output).await,
         InstanceCommand::Terminate { ids, wait } => terminate(&client, &ids, &wait, output).await,
     }

@@ -8,7 +8,9 @@
 //! | 1 | the cluster, or this machine, said no; the reason is on standard error |
 //! | 2 | the command line is wrong |
 //! | 3 | no member answered |
+//! | others | of `instance exec` and `ssh`: the program's; 124 it was killed for its time, 125 it was not run, or its end is unknown |
 
+pub mod access;
 pub mod bench;
 pub mod client;
 pub mod dev;
@@ -67,7 +69,7 @@ enum Verb {
     Member(member::MemberArgs),
     /// Join as a node; list, show, drain and remove nodes
     Node(node::NodeArgs),
-    /// Start, list, show, restart and terminate instances
+    /// Start, list, show, restart and terminate instances; get into them
     Instance(Box<instance::InstanceArgs>),
     /// Push, pull and manage templates
     Template(template::TemplateArgs),
@@ -129,6 +131,12 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
 }
 
 fn failed(error: &anyhow::Error) -> ExitCode {
+    if let Some(exit) = error.downcast_ref::<access::Exit>() {
+        if !exit.message.is_empty() {
+            writeln!(std::io::stderr().lock(), "error: {exit}").ok();
+        }
+        return ExitCode::from(exit.code);
+    }
     // Whoever reads standard error is gone: nobody is left to tell.
     writeln!(std::io::stderr().lock(), "error: {error:#}").ok();
     match error.downcast_ref::<ClientError>() {

@@ -5,9 +5,11 @@
 //! | --- | --- | --- |
 //! | the cloud said no (unknown id, limit, conflict) | 200 | `FAIL` and the text |
 //! | the request cannot be read or is out of range | 400 | `FAIL` and the text |
+//! | a page of another origin wants a WebSocket | 403 | `FAIL` |
 //! | unknown route | 404 | plain `404 page not found` |
 //! | known route, wrong method | 405 | `FAIL` |
 //! | request body over its limit | 413 | `FAIL`, names the limit |
+//! | no WebSocket where one is needed | 426 | `FAIL` |
 //! | a bug, or bytes of another release | 500 | `FAIL` |
 //! | no leader in time, outcome unknown, overloaded, stopped | 503 + `Retry-After` | `FAIL` and what is known |
 
@@ -64,6 +66,14 @@ impl ApiError {
             StatusCode::METHOD_NOT_ALLOWED,
             "method not allowed on this path",
         )
+    }
+    /// A browser's page that is not ours.
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, message)
+    }
+    /// The path takes WebSockets.
+    pub fn no_websocket(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::UPGRADE_REQUIRED, message)
     }
     /// Not now; try again, here or at another member.
     pub fn unavailable(message: impl Into<String>) -> Self {
@@ -154,6 +164,10 @@ impl IntoResponse for ApiError {
             message: &self.message,
         });
         *response.status_mut() = self.status;
+        if self.status == StatusCode::UPGRADE_REQUIRED {
+            let websocket = HeaderValue::from_static("websocket");
+            response.headers_mut().insert(header::UPGRADE, websocket);
+        }
         if self.status == StatusCode::SERVICE_UNAVAILABLE {
             let wait = HeaderValue::from_static(RETRY_AFTER);
             response.headers_mut().insert(header::RETRY_AFTER, wait);

@@ -4,11 +4,13 @@
 //! * [`router`]: all routes of this module; merge others onto it.
 //! * [`envelope`]: how requests are read and answers wrapped; [`error`]: the only status table.
 //! * [`instances`], [`images`], [`nodes`], [`templates`]: JSON from the state; [`start`]: the start request.
+//! * `access`: what WebSockets and tunnels to VMs say to each other.
 //! * [`routes`]: the handlers; [`openapi`] and `requests`: what they say of themselves; [`front`]: what
 //!   happens before routing.
 //!
 //! The server that carries the router keeps idle connections for at least 120 s.
 
+mod access;
 pub mod distributions;
 pub mod envelope;
 pub mod error;
@@ -25,11 +27,13 @@ pub mod start;
 pub mod templates;
 pub mod time;
 
+use crate::agents::Tunnels;
 use crate::agents::liveness::Liveness;
 use crate::app::{App, Consistency};
 use crate::peer::PeerClient;
 use crate::registry::Figures;
 use crate::space::Room;
+pub use access::{ExecAnswer, ExecRequest};
 use axum::Router;
 use envelope::Call;
 use error::ApiError;
@@ -83,6 +87,8 @@ pub struct ApiState {
     saves: Arc<Semaphore>,
     /// The way to the members' ports, where there is one.
     peers: Option<PeerClient>,
+    /// The way to what is in VMs, likewise.
+    tunnels: Option<Tunnels>,
     /// Start of the newest read barrier that succeeded: the local state is at least that new.
     fresh: Arc<Mutex<Option<Instant>>>,
 }
@@ -107,6 +113,7 @@ impl ApiState {
             about: Arc::new(about),
             saves: Arc::new(Semaphore::new(SAVES_MAX)),
             peers: None,
+            tunnels: None,
             fresh: Arc::default(),
         }
     }
@@ -116,6 +123,15 @@ impl ApiState {
     pub fn with_peers(self, peers: PeerClient) -> Self {
         Self {
             peers: Some(peers),
+            ..self
+        }
+    }
+
+    /// The same, able to reach what is in VMs.
+    #[must_use]
+    pub fn with_tunnels(self, tunnels: Tunnels) -> Self {
+        Self {
+            tunnels: Some(tunnels),
             ..self
         }
     }

@@ -45,6 +45,31 @@ pub struct About {
     id: Option<String>,
 }
 
+/// A way into an instance's VM.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct Way {
+    /// The instance
+    id: String,
+}
+
+/// A port of the guest.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct GuestPort {
+    /// Need not be forwarded
+    #[param(minimum = 1, maximum = 65535)]
+    port: u16,
+}
+
+/// Whether an answer goes on.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct Follow {
+    /// Go on with what comes, until the VM is gone
+    follow: Option<bool>,
+}
+
 /// A key that makes all requests with it, this method and this path one request.
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Header)]

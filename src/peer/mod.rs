@@ -10,6 +10,8 @@
 //! POST /peer/v1/look       (look at the membership now)   token, same cluster
 //! GET  /peer/v1/raft       Upgrade: mainstay-raft         token, same cluster
 //! POST /peer/v1/nodes      (agents::exchange)             token, same cluster
+//! GET  /peer/v1/tunnel     Upgrade: (agents::tunnels)     token, same cluster
+//! POST /peer/v1/tunnel/where   (agents::tunnels)          token, same cluster
 //! *    (transfer routes)                                  token, same cluster
 //! ```
 

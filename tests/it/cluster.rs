@@ -91,7 +91,7 @@ impl Answer {
 }
 
 /// What a test member says of itself.
-fn about(id: u64) -> About {
+pub fn about(id: u64) -> About {
     About {
         cluster_id: "test".to_owned(),
         name: format!("c{id}"),

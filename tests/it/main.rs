@@ -13,3 +13,4 @@ mod fences;
 mod homes;
 mod membership;
 mod openapi;
+mod tunnels;

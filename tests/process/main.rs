@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr)] // a test says what failed by failing
 
+mod access;
 mod big_push;
 mod bootstrap;
 mod clean_stop;

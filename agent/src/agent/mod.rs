@@ -11,6 +11,7 @@ use crate::converge::executor::{Executor, Settings};
 use crate::driver::Driver;
 use crate::share::{self, Key, Shares};
 use crate::sync::{Sync, SyncConfig};
+use crate::tunnel::Tunnels;
 use crate::wire::{NodeStats, RegisterRequest};
 use anyhow::Context;
 use parking_lot::Mutex;
@@ -149,7 +150,13 @@ impl Agent {
             let meter = Meter::new(&config.data_dir);
             Arc::new(move || measure(&meter, &executor, &used))
         };
+        let tunnels = Tunnels::new(
+            Arc::clone(executor.driver()),
+            client.clone(),
+            &introduction.node_id,
+        );
         let sync = Sync {
+            tunnels,
             client,
             identity: Arc::new(Mutex::new(identity)),
             introduction,

@@ -3,12 +3,18 @@
 //! fail, a VM can be made to die. It runs nothing: a script is read, not executed.
 //!
 //! Scripts understand one command per line: `echo WORDS`, `echo WORDS >&2`, `sleep SECONDS`,
-//! `exit CODE`. Other lines do nothing.
+//! `exit CODE`. Other lines do nothing. Programs are such lines, and `cat`. All that one can be connected to says
+//! back what it is told.
 
-use super::{Driver, DriverError, Saved, Suspended, VmSeen, VmSpec, check_id, kept_output, now_ms};
+use super::{
+    CONSOLE_KEPT, Driver, DriverError, Exec, ExecError, Executed, Plug, Saved, Suspended, VmSeen,
+    VmSpec, check_id, kept_output, now_ms,
+};
+use crate::tunnel::held::AnyStream;
 use crate::wire::{PortRule, Script, ScriptResult, VmFacts};
 use async_trait::async_trait;
 use base64::Engine as _;
+use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -45,6 +51,9 @@ impl Default for FakeConfig {
         }
     }
 }
+
+/// What is under way in a connection.
+const ECHO_BYTES: usize = 16 << 10;
 
 /// A verb that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -331,6 +340,65 @@ impl Driver for FakeDriver {
         out.stderr = kept_output(&out.stderr, keep).to_owned();
         self.running(id)?;
         Ok(out)
+    }
+
+    async fn exec(
+        &self,
+        id: &str,
+        exec: &Exec,
+        give_up: BoxFuture<'static, ()>,
+    ) -> Result<Executed, ExecError> {
+        let script = |line: &str| Script {
+            body: base64::engine::general_purpose::STANDARD.encode(line),
+            timeout_s: exec.within.map_or(u32::MAX, |t| {
+                u32::try_from(t.as_secs()).unwrap_or(u32::MAX).max(1)
+            }),
+            ..Script::default()
+        };
+        let not_run = |e: DriverError| ExecError::NotRun(e.to_string());
+        self.running(id).map_err(not_run)?;
+        if exec.argv[0] == "cat" {
+            let stdout = exec.input.clone();
+            return Ok(Executed {
+                stdout,
+                ..Executed::default()
+            });
+        }
+        let script = script(&exec.argv.join(" "));
+        let run = self.run_script(id, &script, usize::MAX);
+        let ended = tokio::select! {
+            ended = run => ended.map_err(|e| ExecError::Unknown(e.to_string()))?,
+            () = give_up => ScriptResult { return_code: 137, ..ScriptResult::default() },
+        };
+        Ok(Executed {
+            code: ended.return_code,
+            did_timeout: ended.did_timeout,
+            truncated: false,
+            stdout: ended.stdout.into_bytes(),
+            stderr: ended.stderr.into_bytes(),
+        })
+    }
+
+    async fn connect(&self, id: &str, _: Plug) -> Result<AnyStream, DriverError> {
+        self.running(id)?;
+        let (ours, theirs) = tokio::io::duplex(ECHO_BYTES);
+        tokio::spawn(async move {
+            let (mut from, mut to) = tokio::io::split(theirs);
+            tokio::io::copy(&mut from, &mut to).await.ok();
+            tokio::io::AsyncWriteExt::shutdown(&mut to).await.ok();
+        });
+        Ok(Box::new(ours))
+    }
+
+    async fn console_log(
+        &self,
+        id: &str,
+        from: Option<u64>,
+    ) -> Result<(Vec<u8>, u64), DriverError> {
+        let vm = self.get(id)?;
+        let said = format!("console of {}\n", vm.facts.uuid).into_bytes();
+        let at = u64::try_from(said.len()).unwrap_or(CONSOLE_KEPT);
+        Ok((if from.is_some() { Vec::new() } else { said }, at))
     }
 
     async fn restart(&self, id: &str, generation: u64) -> Result<VmFacts, DriverError> {

@@ -7,9 +7,12 @@
 pub mod fake;
 pub mod qemu;
 
+use crate::tunnel::held::AnyStream;
 use crate::wire::{PortRule, Script, ScriptResult, VmFacts};
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// What a VM shall be.
 #[derive(Clone, Debug, Default)]
@@ -87,6 +90,57 @@ pub enum DriverError {
     Failed(String),
 }
 
+/// What of a VM one can be connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plug {
+    /// Its serial console; one connection at a time.
+    Console,
+    /// Its screen: the RFB protocol.
+    Vnc,
+    /// A port of the guest.
+    Tcp(u16),
+}
+
+/// A program to run in a guest.
+#[derive(Clone, Debug, Default)]
+pub struct Exec {
+    /// The program, looked up in the guest's path, and its arguments; not empty.
+    pub argv: Vec<String>,
+    /// Its standard input.
+    pub input: Vec<u8>,
+    /// Killed after this time.
+    pub within: Option<Duration>,
+}
+
+/// How it ended.
+#[derive(Clone, Debug, Default)]
+pub struct Executed {
+    /// Exit code; 128 and the signal's number if it was killed.
+    pub code: i32,
+    /// Killed for its time.
+    pub did_timeout: bool,
+    /// It wrote more than was kept.
+    pub truncated: bool,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: Vec<u8>,
+}
+
+/// Why there is no end of it.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// It was not run.
+    #[error("{0}")]
+    NotRun(String),
+    /// It was, or may have been, and nothing more is known.
+    #[error("{0}")]
+    Unknown(String),
+}
+
+/// Bytes that are kept of what a VM's console said, at least: its end.
+pub const CONSOLE_KEPT: u64 = 1 << 20;
+
 /// Runs VMs.
 #[async_trait]
 pub trait Driver: Send + Sync + 'static {
@@ -109,6 +163,20 @@ pub trait Driver: Send + Sync + 'static {
         script: &Script,
         keep: usize,
     ) -> Result<ScriptResult, DriverError>;
+    /// Run a program in the guest once and wait for its end. When `give_up` is over before that, or its time is, it
+    /// is killed with all that it started.
+    async fn exec(
+        &self,
+        id: &str,
+        exec: &Exec,
+        give_up: BoxFuture<'static, ()>,
+    ) -> Result<Executed, ExecError>;
+    /// Be connected to something of a VM that runs.
+    async fn connect(&self, id: &str, plug: Plug) -> Result<AnyStream, DriverError>;
+    /// What its console said from place `from` on, or the last [`CONSOLE_KEPT`] bytes, and the place after it. At most
+    /// that much at once; what is not kept any more is left out. Also of a VM that failed or, for a while, is deleted.
+    async fn console_log(&self, id: &str, from: Option<u64>)
+    -> Result<(Vec<u8>, u64), DriverError>;
     /// End the VM's process at once and start it again on the same disk, at `generation`, with the same
     /// ports where they are still free; returns once its process runs. A VM that was restarted to this
     /// generation and runs is left as it is. Failed if there is no VM; whatever goes wrong, its disk stays.

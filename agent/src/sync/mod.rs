@@ -13,9 +13,11 @@ use crate::agent::Identity;
 use crate::cache::Sources;
 use crate::converge::executor::Executor;
 use crate::share::Key;
+use crate::tunnel::Tunnels;
 use crate::wire::{NodeStats, RegisterRequest};
 use homes::Homes;
 use parking_lot::Mutex;
+pub(crate) use session::chain;
 use session::{End, Session};
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,6 +57,8 @@ pub struct Sync {
     pub sources: Sources,
     /// Told what nodes show each other.
     pub key: Key,
+    /// Told when a member wants a tunnel; those that are open outlive a change of the home.
+    pub tunnels: Tunnels,
     /// Soft figures for reports.
     pub stats: Arc<dyn Fn() -> NodeStats + Send + std::marker::Sync>,
     /// Times.

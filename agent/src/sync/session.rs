@@ -121,7 +121,7 @@ impl<'a> Session<'a> {
         let silence = beat * SILENT_BEATS;
         // The id is a UUID of our own making: nothing in it needs escaping.
         let node = &self.sync.introduction.node_id;
-        let url = format!("{}/agent/v1/desired?node_id={node}", self.url);
+        let url = format!("{}/agent/v1/desired?node_id={node}&tunnels=1", self.url);
         let call = self.sync.client.get(url);
         let answer = timeout(self.sync.config.answer, call.send())
             .await
@@ -142,6 +142,10 @@ impl<'a> Session<'a> {
             while let Some(line) = lines.next() {
                 let mut set: DesiredSet = serde_json::from_slice(&line)
                     .map_err(|e| format!("the stream makes no sense: {e}"))?;
+                if let Some(order) = set.tunnel {
+                    self.sync.tunnels.answer(&self.url, order);
+                    continue;
+                }
                 let members = Members {
                     controllers: std::mem::take(&mut set.controllers),
                     registries: std::mem::take(&mut set.registries),

@@ -1,7 +1,9 @@
 //! What every driver must do. Timings differ, states do not.
 
 use base64::Engine as _;
-use mainstay_agent::driver::{Driver, DriverError, OUTPUT_KEPT, VmSeen, VmSpec};
+use mainstay_agent::driver::{
+    Driver, DriverError, Exec, ExecError, Executed, OUTPUT_KEPT, Plug, VmSeen, VmSpec,
+};
 use mainstay_agent::wire::{PortRule, Script, VmFacts};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -76,7 +78,10 @@ async fn nothing_there(rig: &dyn Rig) {
             .await
             .is_err()
     );
+    no_ways(&*driver, "none").await;
+    assert!(driver.console_log("none", None).await.is_err());
     for id in ["", ".hidden", "../up", "a/b", "-flag", "a b"] {
+        no_ways(&*driver, id).await;
         let refused = driver.start(&spec(id, &rig.base())).await;
         assert!(
             matches!(refused, Err(DriverError::Failed(_))),
@@ -111,6 +116,7 @@ async fn life(rig: &dyn Rig) {
     assert_eq!((&seen.facts, seen.message.as_str()), (&ready, ""));
 
     scripts(&*driver).await;
+    ways(&*driver).await;
     let ready = restarts(&*driver, &ready).await;
 
     // The agent restarts: everything is as it was.
@@ -136,6 +142,7 @@ async fn life(rig: &dyn Rig) {
         "left as it is"
     );
     assert!(driver.ready("life", false).await.is_err());
+    no_ways(&*driver, "life").await;
     exports(&*driver, &rig.scratch()).await;
     let again = driver.restart("life", 14).await.unwrap();
     assert_eq!(again.status, "running", "a stopped one is started again");
@@ -216,6 +223,72 @@ async fn scripts(driver: &dyn Driver) {
             .run_script("life", &broken, OUTPUT_KEPT)
             .await
             .is_err()
+    );
+}
+
+/// Run a program, with so much time.
+async fn run(
+    driver: &dyn Driver,
+    argv: &[&str],
+    input: &[u8],
+    seconds: u64,
+    give_up: impl Future<Output = ()> + Send + 'static,
+) -> Result<Executed, ExecError> {
+    let exec = Exec {
+        argv: argv.iter().map(|word| (*word).to_owned()).collect(),
+        input: input.to_vec(),
+        within: (seconds > 0).then(|| Duration::from_secs(seconds)),
+    };
+    driver.exec("life", &exec, Box::pin(give_up)).await
+}
+
+/// Programs, connections, the console's log.
+async fn ways(driver: &dyn Driver) {
+    let never = std::future::pending;
+    let said = run(driver, &["echo", "hello"], b"", 0, never()).await;
+    let said = said.unwrap();
+    assert_eq!((said.code, &said.stdout[..]), (0, &b"hello\n"[..]));
+    let bytes: Vec<u8> = (0..200_000_u32).map(|n| (n % 251) as u8).collect();
+    let said = run(driver, &["cat"], &bytes, 60, never()).await.unwrap();
+    assert!(said.stdout == bytes && said.stderr.is_empty());
+    let begun = Instant::now();
+    let slow = run(driver, &["sleep", "300"], b"", 1, never())
+        .await
+        .unwrap();
+    assert!(slow.did_timeout && slow.code != 0, "{slow:?}");
+    let soon = tokio::time::sleep(Duration::from_millis(300));
+    let left = run(driver, &["sleep", "300"], b"", 0, soon).await.unwrap();
+    assert_ne!(left.code, 0);
+    assert!(begun.elapsed() < Duration::from_secs(100));
+    for plug in [Plug::Vnc, Plug::Console, Plug::Tcp(80), Plug::Tcp(81)] {
+        let done = driver.connect("life", plug).await.map(drop);
+        assert!(done.is_ok(), "{plug:?}: {done:?}");
+    }
+    let (bytes, at) = driver.console_log("life", None).await.unwrap();
+    assert!(
+        !bytes.is_empty(),
+        "the guest's kernel or init said something"
+    );
+    let (more, next) = driver.console_log("life", Some(at)).await.unwrap();
+    assert_eq!(next, at + more.len() as u64);
+}
+
+/// There is no way into a VM that does not run, or is not there.
+async fn no_ways(driver: &dyn Driver, id: &str) {
+    for plug in [Plug::Vnc, Plug::Console, Plug::Tcp(80)] {
+        let refused = driver.connect(id, plug).await.map(drop);
+        assert!(refused.is_err(), "{id:?} {plug:?}");
+    }
+    let exec = Exec {
+        argv: vec!["true".to_owned()],
+        ..Exec::default()
+    };
+    let refused = driver
+        .exec(id, &exec, Box::pin(std::future::pending()))
+        .await;
+    assert!(
+        matches!(refused, Err(ExecError::NotRun(_))),
+        "{id:?} {refused:?}"
     );
 }
 

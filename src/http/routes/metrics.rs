@@ -22,6 +22,10 @@ pub(super) async fn metrics(State(api): State<ApiState>) -> Response {
     let group = api.app.group();
     let mut page = Page::default();
     about(&mut page, &api.about);
+    if let Some(tunnels) = &api.tunnels {
+        let open = "Tunnels to VMs through this member, those that it relays for others counted.";
+        page.gauge("tunnels", open, tunnels.open_now());
+    }
     consensus(&mut page, &group.status());
     agreement(&mut page, &group.agreement().borrow());
     if let Ok(state) = api.app.read(Consistency::Stale).await {

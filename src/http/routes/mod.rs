@@ -3,6 +3,7 @@
 //! The table below is all that is served. It is read twice: at start, for the routes, and when somebody first
 //! asks for it, for the document that describes them. A member that nobody asks never makes the document.
 
+mod access;
 mod cluster;
 mod distribute;
 mod group;
@@ -49,6 +50,7 @@ macro_rules! table {
 
 table! {
     instance: get, start, update, terminate, restart;
+    access: exec, console, vnc, tcp, logs;
     image: get, save;
     health: alive, ready, login_methods, status, stats;
     metrics: metrics;

@@ -9,6 +9,14 @@ use std::net::Ipv4Addr;
 
 /// Character device of the guest agent.
 pub(super) const GUEST_CHARDEV: &str = "guest";
+/// Where the serial console is, for one at a time.
+pub(super) const CONSOLE_SOCKET: &str = "console.sock";
+/// What it said.
+pub(super) const CONSOLE_LOG: &str = "console.log";
+/// Where the screen is.
+pub(super) const VNC_SOCKET: &str = "vnc.sock";
+/// The guest's network.
+pub(super) const NETWORK: &str = "net0";
 /// Emulate all that can be: newer distributions refuse the oldest CPUs.
 pub(super) const TCG_CPU: &str = "max";
 /// What the guest sees, in the order of its places on the bus. A saved memory is of use with the same only.
@@ -61,8 +69,16 @@ pub(super) fn arguments(
             false => add("-device", device),
         }
     }
-    add("-vnc", "unix:vnc.sock");
-    add("-serial", "file:console.log");
+    add("-vnc", &format!("unix:{VNC_SOCKET}"));
+    // What is at the other end of the port is none of the guest's business, nor of a saved memory's. Nobody
+    // connected: the log is written all the same.
+    add(
+        "-chardev",
+        &format!(
+            "socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off,logfile={CONSOLE_LOG},logappend=on"
+        ),
+    );
+    add("-serial", "chardev:console");
     add("-qmp", "unix:qmp.sock,server=on,wait=off");
     args.extend(["-pidfile".into(), dir.pidfile().into_os_string()]);
     if spec.memory.is_some() {
@@ -98,7 +114,7 @@ fn network(bind: Ipv4Addr, forwards: &[PortRule]) -> String {
     } else {
         bind.to_string()
     };
-    let mut text = String::from("user,id=net0");
+    let mut text = format!("user,id={NETWORK}");
     for rule in forwards {
         text += &format!(
             ",hostfwd=tcp:{bind}:{}-:{}",

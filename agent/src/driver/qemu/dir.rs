@@ -261,7 +261,7 @@ impl VmDir {
     /// The end of the serial console, for messages.
     pub(super) fn console_tail(&self) -> String {
         let tail = || -> std::io::Result<String> {
-            let mut file = std::fs::File::open(self.file("console.log"))?;
+            let mut file = std::fs::File::open(self.file(super::args::CONSOLE_LOG))?;
             let from = file.metadata()?.len().saturating_sub(400);
             file.seek(std::io::SeekFrom::Start(from))?;
             let mut bytes = Vec::new();

@@ -216,12 +216,18 @@ impl QemuDriver {
         if let Some(ended) = self.wait_exec(vm, pid, deadline).await? {
             return Ok(result(&ended, false, keep));
         }
-        // The group, or with an agent in a guest without setsid at least the shell.
-        let kill = format!("kill -KILL -{pid} 2>/dev/null || kill -KILL {pid}");
-        let args = json!({ "path": "/bin/sh", "arg": ["-c", kill] });
-        self.ask(vm, "guest-exec", args).await.map_err(failed)?;
+        self.kill_exec(vm, pid).await?;
         let ended = self.wait_exec(vm, pid, Instant::now() + AWAY_MAX).await?;
         Ok(result(&ended.unwrap_or_default(), true, keep))
+    }
+
+    /// Kill a program with its session, or in a guest without `setsid` at least its first process.
+    pub(super) async fn kill_exec(&self, vm: &Arc<Vm>, pid: u64) -> Result<(), DriverError> {
+        let kill = format!("kill -KILL -{pid} 2>/dev/null || kill -KILL {pid}");
+        let args = json!({ "path": "/bin/sh", "arg": ["-c", kill] });
+        let asked = self.ask(vm, "guest-exec", args).await;
+        asked.map_err(|e| DriverError::Failed(e.to_string()))?;
+        Ok(())
     }
 
     /// The last `guest-exec-status` of a program, or `None` at the deadline.
@@ -285,20 +291,29 @@ fn address(interfaces: &Value) -> Option<String> {
 }
 
 fn result(status: &Value, did_timeout: bool, keep: usize) -> ScriptResult {
-    let signal = status["signal"].as_i64().map(|signal| 128 + signal);
-    let code = status["exitcode"].as_i64().or(signal).unwrap_or(-1);
     ScriptResult {
-        return_code: i32::try_from(code).unwrap_or(-1),
+        return_code: code(status),
         did_timeout,
         stdout: output(&status["out-data"], keep),
         stderr: output(&status["err-data"], keep),
     }
 }
 
+/// Exit code of a program by its last status.
+pub(super) fn code(status: &Value) -> i32 {
+    let signal = status["signal"].as_i64().map(|signal| 128 + signal);
+    let code = status["exitcode"].as_i64().or(signal).unwrap_or(-1);
+    i32::try_from(code).unwrap_or(-1)
+}
+
+/// What it wrote.
+pub(super) fn bytes(data: &Value) -> Vec<u8> {
+    let text = data.as_str().unwrap_or_default();
+    STANDARD.decode(text).unwrap_or_default()
+}
+
 pub(super) fn output(data: &Value, keep: usize) -> String {
-    let bytes = STANDARD
-        .decode(data.as_str().unwrap_or_default())
-        .unwrap_or_default();
+    let bytes = bytes(data);
     let from = bytes.len().saturating_sub(keep);
     // Broken characters take more room than they had: cut once more.
     kept_output(&String::from_utf8_lossy(&bytes[from..]), keep).to_string()

@@ -293,6 +293,7 @@ impl QemuDriver {
     /// Remove all of it; also what is left of an interrupted making or removal.
     pub(super) async fn remove(&self, vm: &Arc<Vm>) -> Result<(), DriverError> {
         self.force(vm).await?;
+        self.keep_console(vm);
         vm.dir.bury()?;
         // A QEMU whose start was interrupted may have written its pid file since: it can't any more.
         let late = process::find_as(&vm.dir.buried_pidfile(), &vm.dir.pidfile());

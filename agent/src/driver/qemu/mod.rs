@@ -8,15 +8,18 @@
 //! | `vms/ID/` | a VM: its specification, overlay, sockets, console |
 //! | `vms/.ID.new/` | one in the making; an interrupted one is deleted by the next `list` |
 //! | `vms/.ID.gone/` | one being deleted; likewise |
+//! | `consoles/` | what the consoles of the last deleted VMs said |
 //!
 //! * [`accel`]: is KVM any good here?
 //! * `tools`: the installed QEMU; base disks and overlays. `args`: its command line. `launch`: its start.
 //! * `export`: its disk as one that stands by itself. `dir`: the folder. `process`: is it alive, end it.
+//! * `access`: programs in the guest, console, screen, ports.
 //! * `qmp`: talks to QEMU. `qga`: talks to the guest. `guest`: what we want of the guest.
 //! * `suspend`: memories written and brought to life again. `machine`: what one belongs to. `renew`: a clone's
 //!   own identity.
 
 pub mod accel;
+mod access;
 mod args;
 mod dir;
 mod export;
@@ -31,11 +34,15 @@ mod renew;
 mod suspend;
 mod tools;
 
-use super::{Driver, DriverError, Suspended, VmSeen, VmSpec, check_id};
+use super::{
+    Driver, DriverError, Exec, ExecError, Executed, Plug, Suspended, VmSeen, VmSpec, check_id,
+};
+use crate::tunnel::held::AnyStream;
 use crate::wire::{Script, ScriptResult, VmFacts};
 use accel::{Accel, Acceleration};
 use async_trait::async_trait;
 use dir::VmDir;
+use futures::future::BoxFuture;
 use futures::{StreamExt as _, TryStreamExt as _};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -104,6 +111,10 @@ struct Vm {
     lifecycle: tokio::sync::Mutex<()>,
     qmp: tokio::sync::Mutex<Option<Arc<qmp::Qmp>>>,
     qga: tokio::sync::Mutex<Option<qga::Qga>>,
+    /// Held by whoever is at its console.
+    console: Arc<tokio::sync::Mutex<()>>,
+    /// Held while a forward is made.
+    forwards: tokio::sync::Mutex<()>,
 }
 
 impl QemuDriver {
@@ -142,6 +153,8 @@ impl QemuDriver {
                 lifecycle: tokio::sync::Mutex::default(),
                 qmp: tokio::sync::Mutex::default(),
                 qga: tokio::sync::Mutex::default(),
+                console: Arc::default(),
+                forwards: tokio::sync::Mutex::default(),
             })
         });
         Ok(vm.clone())
@@ -163,9 +176,21 @@ impl QemuDriver {
 
     async fn listed(&self, id: String) -> Result<Option<VmSeen>, DriverError> {
         let vm = self.vm(&id)?;
+        if let Err(e) = access::trim(&vm.dir.file(args::CONSOLE_LOG))
+            && e.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::debug!(vm = %id, error = %e, "its console cannot be cut");
+        }
         match self.seen(&vm).await {
             Err(e) if vm.dir.garbled() => Ok(Some(lifecycle::unreadable(id, &e))),
             seen => seen,
+        }
+    }
+
+    /// Whoever asks for a VM that is not there leaves nothing behind.
+    fn let_go(&self, vm: &Arc<Vm>) {
+        if !vm.dir.exists() {
+            self.forget(&vm.dir.id);
         }
     }
 
@@ -230,6 +255,36 @@ impl Driver for QemuDriver {
     ) -> Result<ScriptResult, DriverError> {
         let vm = self.vm(id)?;
         self.script(&vm, script, keep).await
+    }
+
+    async fn exec(
+        &self,
+        id: &str,
+        exec: &Exec,
+        give_up: BoxFuture<'static, ()>,
+    ) -> Result<Executed, ExecError> {
+        let vm = self.vm(id).map_err(|e| ExecError::NotRun(e.to_string()))?;
+        let done = self.exec_in(&vm, exec, give_up).await;
+        self.let_go(&vm);
+        done
+    }
+
+    async fn connect(&self, id: &str, plug: Plug) -> Result<AnyStream, DriverError> {
+        let vm = self.vm(id)?;
+        let done = self.plug_in(&vm, plug).await;
+        self.let_go(&vm);
+        done
+    }
+
+    async fn console_log(
+        &self,
+        id: &str,
+        from: Option<u64>,
+    ) -> Result<(Vec<u8>, u64), DriverError> {
+        let vm = self.vm(id)?;
+        let done = self.console_of(&vm, from);
+        self.let_go(&vm);
+        done
     }
 
     async fn restart(&self, id: &str, generation: u64) -> Result<VmFacts, DriverError> {
