@@ -49,6 +49,7 @@ torture:
 	MAINSTAY_ABANDONED=10000 cargo test --lib tiny_uploads -- --nocapture
 	MAINSTAY_IDLE_SECONDS=100 cargo test --test process every_client -- --nocapture
 	MAINSTAY_BUCKET_STEPS=1000 cargo test --test process members_rely_on_a_real_bucket -- --nocapture
+	MAINSTAY_FLEET_NODES=5000 cargo test --test process a_fleet -- --nocapture
 
 verify:
 	cargo fmt --all -- --check

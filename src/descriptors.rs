@@ -7,14 +7,27 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 const FILES_MIN: u64 = 1024;
 /// For the log, the database, chunks, links to members and requests to them.
 const FILES_OWN: u64 = 512;
-/// The ports that accept connections.
-const PORTS: u64 = 3;
-/// More connections wait in the kernel's queue. Clients of a large fleet keep theirs open.
-const CONNECTIONS_MAX: u64 = 8192;
+/// Most connections of the peer port and of the registry port, and the part of what is left that each may have.
+const PEERS_MAX: u64 = 1024;
+const REGISTRY_MAX: u64 = 8192;
+const PART: u64 = 4;
+/// More wait in the kernel's queue. A node keeps two open to its home, clients of a large fleet theirs.
+const API_MAX: u64 = 32_768;
+
+/// How many connections each port may have open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connections {
+    /// Clients and nodes.
+    pub api: usize,
+    /// Images.
+    pub registry: usize,
+    /// Members.
+    pub peers: usize,
+}
 
 /// Take all the open files the system gives; how many connections each port may have then.
-pub fn connections_per_port() -> anyhow::Result<usize> {
-    connections(raise())
+pub fn connections() -> anyhow::Result<Connections> {
+    share(raise())
 }
 
 /// Raise the soft limit to the hard one; the limit from now on.
@@ -34,15 +47,23 @@ fn raise() -> u64 {
     files.unwrap_or(u64::MAX)
 }
 
-fn connections(files: u64) -> anyhow::Result<usize> {
+fn share(files: u64) -> anyhow::Result<Connections> {
     if files < FILES_MIN {
         bail!(
             "this process may open only {files} files, it needs {FILES_MIN} at least: raise the hard \
              limit (`ulimit -Hn`, or LimitNOFILE= in the service), 65536 is a good one"
         );
     }
-    let each = CONNECTIONS_MAX.min((files - FILES_OWN) / PORTS);
-    Ok(usize::try_from(each).expect("at most CONNECTIONS_MAX"))
+    let all = files - FILES_OWN;
+    let peers = PEERS_MAX.min(all / PART);
+    let registry = REGISTRY_MAX.min(all / PART);
+    let api = API_MAX.min(all - peers - registry);
+    let number = |n: u64| usize::try_from(n).expect("at most one of the bounds");
+    Ok(Connections {
+        api: number(api),
+        registry: number(registry),
+        peers: number(peers),
+    })
 }
 
 #[cfg(test)]
@@ -51,11 +72,23 @@ mod tests {
 
     #[test]
     fn connections_leave_files_for_the_rest() {
-        for (files, each) in [(1024, 170), (4096, 1194), (65_536, 8192), (u64::MAX, 8192)] {
-            assert_eq!(connections(files).unwrap(), each, "{files} files");
-            assert!(each as u64 * PORTS + FILES_OWN <= files);
+        for (files, api, registry, peers) in [
+            (1024, 256, 128, 128),
+            (4096, 1792, 896, 896),
+            // Ten thousand nodes, of which each keeps two, while one of three members is down.
+            (20_000, 13_592, 4872, 1024),
+            (65_536, 32_768, 8192, 1024),
+            (u64::MAX, 32_768, 8192, 1024),
+        ] {
+            let each = Connections {
+                api,
+                registry,
+                peers,
+            };
+            assert_eq!(share(files).unwrap(), each, "{files} files");
+            assert!((api + registry + peers) as u64 + FILES_OWN <= files);
         }
-        let refused = connections(1023).unwrap_err().to_string();
+        let refused = share(1023).unwrap_err().to_string();
         assert!(refused.contains("only 1023 files"), "{refused}");
     }
 

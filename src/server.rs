@@ -14,6 +14,7 @@ use crate::app::App;
 use crate::backup::{export::Saver, schedule};
 use crate::bucket;
 use crate::config::Config;
+use crate::descriptors::{self, Connections};
 use crate::founding::{self, Ledger, Parted};
 use crate::http::{About, ApiState};
 use crate::listen::{self, Door};
@@ -22,7 +23,7 @@ use crate::peer::{self, MemberHttp, Notices, PeerClient, PeerDialer, PeerPort, S
 use crate::registry::{self, RegistryService};
 use crate::rescue::known;
 use crate::space::Space;
-use crate::{agents, cli, descriptors, http as rest, reconcile, stamp};
+use crate::{agents, cli, http as rest, reconcile, stamp};
 use anyhow::{Context, anyhow, bail};
 use axum::Router;
 use axum::http::StatusCode;
@@ -64,7 +65,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         mainstay_model::seeded::forget_commands();
     }
     let mut stop = Stop::new()?;
-    let connections = descriptors::connections_per_port()?;
+    let connections = descriptors::connections()?;
     let ports = Ports::bind(&config).await?;
     let port = open(config, &ports)?;
     let (doors, open) = Doors::open(ports, &port, connections);
@@ -214,25 +215,29 @@ fn open(config: Config, ports: &Ports) -> anyhow::Result<Arc<PeerPort>> {
 
 /// Ports that are served until told otherwise.
 struct Serving {
-    /// Open ones per port.
-    connections: usize,
     stop: watch::Sender<bool>,
     ports: JoinSet<()>,
 }
 
 impl Serving {
-    fn new(connections: usize) -> Self {
+    fn new() -> Self {
         Self {
-            connections,
             stop: watch::Sender::new(false),
             ports: JoinSet::new(),
         }
     }
 
-    fn serve(&mut self, listener: TcpListener, door: &Door, between_members: bool) {
+    /// At most so many connections are open.
+    fn serve(
+        &mut self,
+        listener: TcpListener,
+        door: &Door,
+        between_members: bool,
+        connections: usize,
+    ) {
         let stop = self.stop.subscribe();
         let door = door.clone();
-        let port = listen::serve(listener, door, between_members, self.connections, stop);
+        let port = listen::serve(listener, door, between_members, connections, stop);
         self.ports.spawn(port);
     }
 
@@ -260,19 +265,20 @@ struct Doors {
 
 impl Doors {
     /// Open all three: the peer port serves founding at once, the others say why they are not ready.
-    fn open(ports: Ports, port: &Arc<PeerPort>, connections: usize) -> (Self, Open) {
+    fn open(ports: Ports, port: &Arc<PeerPort>, most: Connections) -> (Self, Open) {
         let doors = Self {
             api: Door::new(not_ready(port)),
             registry: Door::new(not_ready(port)),
             peer: Door::new(peer::router(port, Router::new())),
         };
         let mut open = Open {
-            clients: Serving::new(connections),
-            peers: Serving::new(connections),
+            clients: Serving::new(),
+            peers: Serving::new(),
         };
-        open.clients.serve(ports.api, &doors.api, false);
-        open.clients.serve(ports.registry, &doors.registry, false);
-        open.peers.serve(ports.peer, &doors.peer, true);
+        let (clients, peers) = (&mut open.clients, &mut open.peers);
+        clients.serve(ports.api, &doors.api, false, most.api);
+        clients.serve(ports.registry, &doors.registry, false, most.registry);
+        peers.serve(ports.peer, &doors.peer, true, most.peers);
         (doors, open)
     }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every side-by-side figure of the README, one after the other. About two hours on two cores.
+# Every side-by-side figure of the README, one after the other. About three hours on two cores.
 # Needs a release build (make bench makes it) and, beyond deploy/install-deps.sh: etcd-server etcd-client rsync python3.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,6 +13,7 @@ export PATH="$PATH:/usr/sbin:/sbin"
 guest=$(mktemp -d)/tiny.qcow2
 guest/build.sh "$guest"
 benches/versus/p1_p2.py
+benches/versus/p3.py
 benches/versus/p4.py 50 10
 benches/versus/p12.py
 benches/versus/p13.py
@@ -21,5 +22,8 @@ benches/versus/p5.py
 benches/versus/p6.py 1024 5 sparse
 benches/versus/p6.py 1024 5 dense
 benches/versus/p7.py
+benches/versus/p8_p9.py 5000 100000
+benches/versus/p8_p9.py 10000 0
 benches/versus/p10.py "$guest"
 benches/versus/p11.py
+benches/versus/curves.py

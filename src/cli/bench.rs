@@ -5,6 +5,8 @@
 //!
 //! It knows how to send load and how to count; it starts nothing and judges nothing.
 
+use super::fetch::{self, Fetch, ServeArgs};
+use super::fleet::{self, FleetArgs};
 use super::load::{Etcd, Load, Rest, Summary, Target};
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand, ValueEnum};
@@ -26,6 +28,19 @@ pub enum Work {
     Writes(LoadArgs),
     /// Linearizable reads by id: instances, or etcd keys.
     Reads(LoadArgs),
+    /// Whole answers to `GET` of one path, compressed.
+    Fetch {
+        /// The path, with its query.
+        #[arg(long, default_value = "/api/v1/vm")]
+        path: String,
+        /// How much load.
+        #[command(flatten)]
+        load: LoadArgs,
+    },
+    /// Serve one file from memory at any path, as a member serves its answers: what `fetch` is held against.
+    ServeFile(ServeArgs),
+    /// Placements: instances of a template on simulated nodes, which speak the agents' protocol and run no VM.
+    Schedule(FleetArgs),
 }
 
 /// How much load.
@@ -71,15 +86,14 @@ pub async fn run(args: BenchArgs, endpoints: &[String], as_json: bool) -> anyhow
     let (kind, load) = match args.work {
         Work::Writes(load) => ("writes", load),
         Work::Reads(load) => ("reads", load),
+        Work::Fetch { path, load } => return fetch(&path, &load, endpoints, as_json).await,
+        Work::ServeFile(args) => return fetch::serve(args).await,
+        Work::Schedule(args) => return fleet::run(args, endpoints, as_json).await,
     };
     if endpoints.is_empty() || load.clients == 0 || load.objects == 0 {
         bail!("bench needs at least one endpoint, one client and one object");
     }
-    let plan = Load {
-        clients: load.clients,
-        warmup: Duration::from_secs(load.warmup),
-        counted: Duration::from_secs(load.seconds.max(1)),
-    };
+    let plan = load.plan();
     let mut summary = match load.against {
         Against::Mainstay => {
             let target = Rest::prepare(endpoints, &load.template, load.objects, load.value_bytes)
@@ -95,6 +109,36 @@ pub async fn run(args: BenchArgs, endpoints: &[String], as_json: bool) -> anyhow
         }
     };
     print(kind, &load, &mut summary, as_json);
+    ended(summary)
+}
+
+async fn fetch(
+    path: &str,
+    load: &LoadArgs,
+    endpoints: &[String],
+    as_json: bool,
+) -> anyhow::Result<()> {
+    if endpoints.is_empty() || load.clients == 0 {
+        bail!("bench fetch needs at least one endpoint and one client");
+    }
+    let target = Fetch::new(endpoints, path)?;
+    let mut summary = drive("fetch", load.plan(), target).await?;
+    print("fetch", load, &mut summary, as_json);
+    ended(summary)
+}
+
+impl LoadArgs {
+    fn plan(&self) -> Load {
+        Load {
+            clients: self.clients,
+            warmup: Duration::from_secs(self.warmup),
+            counted: Duration::from_secs(self.seconds.max(1)),
+        }
+    }
+}
+
+/// A run in which nothing succeeded has failed.
+fn ended(summary: Summary) -> anyhow::Result<()> {
     if summary.done == 0 {
         bail!(
             "not one request succeeded; first error: {}",

@@ -4,6 +4,7 @@ use anyhow::{Context, anyhow, bail};
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{Method, Request, Version};
 use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
@@ -86,7 +87,7 @@ impl Slice {
     }
 }
 
-fn quantile_ms(sorted_us: &[u32], q: f64) -> f64 {
+pub(super) fn quantile_ms(sorted_us: &[u32], q: f64) -> f64 {
     let Some(last) = sorted_us.len().checked_sub(1) else {
         return 0.0;
     };
@@ -227,7 +228,7 @@ fn summarise(tallies: Vec<Tally>, begin: Instant, end: Instant) -> Summary {
     summary
 }
 
-fn host_of(endpoint: &str) -> anyhow::Result<String> {
+pub(super) fn host_of(endpoint: &str) -> anyhow::Result<String> {
     let rest = endpoint
         .strip_prefix("http://")
         .ok_or_else(|| anyhow!("endpoint {endpoint} must begin with http://"))?;
@@ -252,12 +253,18 @@ pub struct Rest {
     value_bytes: usize,
 }
 
-/// One kept-alive REST connection.
+/// One client of a Mainstay cluster.
 #[derive(Debug)]
 pub struct RestClient {
-    host: String,
+    link: Link,
     ids: Arc<[String]>,
     value_bytes: usize,
+}
+
+/// One kept-alive HTTP connection to a member: one request at a time.
+#[derive(Debug)]
+pub(super) struct Link {
+    host: String,
     sender: http1::SendRequest<Full<Bytes>>,
 }
 
@@ -273,17 +280,8 @@ impl Rest {
             .iter()
             .map(|e| host_of(e))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let mut client = RestClient::connect(&hosts[0], Arc::from([]), value_bytes).await?;
-        let templates = client
-            .call(Method::GET, "/api/v1/registry/vm?apiVer=v1", None)
-            .await?;
-        let id = templates
-            .as_array()
-            .into_iter()
-            .flatten()
-            .find(|t| t["name"] == template)
-            .and_then(|t| t["id"].as_str().map(str::to_owned))
-            .ok_or_else(|| anyhow!("no template {template:?}: push one first"))?;
+        let mut client = Link::open(&hosts[0]).await?;
+        let id = client.template(template).await?;
         let listed = client.call(Method::GET, "/api/v1/vm", None).await?;
         let mut ids: Vec<String> = listed
             .as_array()
@@ -325,39 +323,67 @@ impl Target for Rest {
 
 impl RestClient {
     async fn connect(host: &str, ids: Arc<[String]>, value_bytes: usize) -> anyhow::Result<Self> {
-        let (sender, connection) = http1::handshake(TokioIo::new(dial(host).await?)).await?;
-        tokio::spawn(connection);
         Ok(Self {
-            host: host.to_owned(),
+            link: Link::open(host).await?,
             ids,
             value_bytes,
-            sender,
         })
     }
+}
 
-    async fn send(
+impl Link {
+    /// `host` is `HOST:PORT`.
+    pub(super) async fn open(host: &str) -> anyhow::Result<Self> {
+        let (sender, connection) = http1::handshake(TokioIo::new(dial(host).await?)).await?;
+        tokio::spawn(connection);
+        let host = host.to_owned();
+        Ok(Self { host, sender })
+    }
+
+    /// The head of the answer, which is an error unless the status is a good one; its body is still to come.
+    pub(super) async fn ask(
         &mut self,
         method: Method,
         path: &str,
-        body: Option<Vec<u8>>,
-    ) -> anyhow::Result<Bytes> {
+        body: Vec<u8>,
+    ) -> anyhow::Result<Incoming> {
         let request = Request::builder()
             .method(method)
             .uri(path)
             .header("host", &self.host)
             .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(body.unwrap_or_default())))?;
+            .body(Full::new(Bytes::from(body)))?;
+        self.request(request).await
+    }
+
+    /// The same for a request that is whole.
+    pub(super) async fn request(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> anyhow::Result<Incoming> {
         self.sender.ready().await?;
         let answer = self.sender.send_request(request).await?;
         let status = answer.status();
-        let bytes = answer.into_body().collect().await?.to_bytes();
-        if !status.is_success() {
-            bail!("{status}: {}", String::from_utf8_lossy(&bytes));
+        if status.is_success() {
+            return Ok(answer.into_body());
         }
-        Ok(bytes)
+        let said = answer.into_body().collect().await?.to_bytes();
+        bail!("{status}: {}", String::from_utf8_lossy(&said));
     }
 
-    async fn call(
+    /// A whole answer.
+    pub(super) async fn send(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> anyhow::Result<Bytes> {
+        let answer = self.ask(method, path, body.unwrap_or_default()).await?;
+        Ok(answer.collect().await?.to_bytes())
+    }
+
+    /// The body of an envelope that says `OK`.
+    pub(super) async fn call(
         &mut self,
         method: Method,
         path: &str,
@@ -371,6 +397,18 @@ impl RestClient {
             bail!("{}", envelope["message"]);
         }
         Ok(envelope["body"].take())
+    }
+
+    /// Id of the template of that name.
+    pub(super) async fn template(&mut self, name: &str) -> anyhow::Result<String> {
+        let templates = self
+            .call(Method::GET, "/api/v1/registry/vm?apiVer=v1", None)
+            .await?;
+        let mut templates = templates.as_array().into_iter().flatten();
+        templates
+            .find(|t| t["name"] == name)
+            .and_then(|t| t["id"].as_str().map(str::to_owned))
+            .ok_or_else(|| anyhow!("no template {name:?}: push one first"))
     }
 }
 
@@ -395,13 +433,14 @@ impl Client for RestClient {
         );
         expect_ok(
             &self
+                .link
                 .send(Method::PUT, &path, Some(body.into_bytes()))
                 .await?,
         )
     }
     async fn read(&mut self, n: usize) -> anyhow::Result<()> {
         let path = format!("/api/v1/vm?id={}", self.ids[n]);
-        expect_ok(&self.send(Method::GET, &path, None).await?)
+        expect_ok(&self.link.send(Method::GET, &path, None).await?)
     }
 }
 

@@ -14,6 +14,8 @@ pub mod access;
 pub mod bench;
 pub mod client;
 pub mod dev;
+mod fetch;
+mod fleet;
 pub mod instance;
 pub mod load;
 pub mod member;

@@ -16,22 +16,6 @@ use utoipa::ToSchema;
 /// The port whose forwarding makes a `vnc_connection_string`.
 const VNC_GUEST_PORT: u16 = 5900;
 
-/// `GET /api/v1/vm`: an array of wrappers.
-#[derive(Clone, Copy)]
-pub struct InstanceList<'a>(pub View<'a>);
-
-impl Serialize for InstanceList<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(
-            self.0
-                .state
-                .instances
-                .values()
-                .map(|i| Wrapper::new(self.0, i)),
-        )
-    }
-}
-
 /// What `GET /api/v1/vm` shows.
 #[derive(Serialize, ToSchema)]
 #[serde(untagged)]
@@ -53,7 +37,8 @@ pub struct Wrapper<'a> {
 }
 
 impl<'a> Wrapper<'a> {
-    fn new(view: View<'a>, instance: &'a Instance) -> Self {
+    /// The instance as `view` has it.
+    pub fn new(view: View<'a>, instance: &'a Instance) -> Self {
         Self {
             instance_id: instance.id.as_str(),
             external_id: instance.request.external_id.as_deref(),
@@ -141,12 +126,17 @@ impl<'a> InstanceView<'a> {
     }
 }
 
-/// Part of the image fetched, or of the saved disk pushed; soft, so only where it moves.
-fn progress(view: View<'_>, instance: &Instance) -> f32 {
-    if !matches!(
+/// Does what is shown of it also change without the state?
+pub(super) fn moves(instance: &Instance) -> bool {
+    matches!(
         instance.state,
         InstanceState::Pulling | InstanceState::Pushing
-    ) {
+    )
+}
+
+/// Part of the image fetched, or of the saved disk pushed; soft, so only where it moves.
+pub(super) fn progress(view: View<'_>, instance: &Instance) -> f32 {
+    if !moves(instance) {
         return 0.0;
     }
     let part = view.soft.progress(&instance.id).unwrap_or(0.0);

@@ -5,6 +5,7 @@
 //! * [`envelope`]: how requests are read and answers wrapped; [`error`]: the only status table.
 //! * [`instances`], [`images`], [`nodes`], [`templates`]: JSON from the state; [`start`]: the start request.
 //! * `access`: what WebSockets and tunnels to VMs say to each other.
+//! * [`listing`]: the list of all instances, kept as it is sent.
 //! * [`routes`]: the handlers; [`openapi`] and `requests`: what they say of themselves; [`front`]: what
 //!   happens before routing.
 //!
@@ -18,6 +19,7 @@ pub mod front;
 pub mod images;
 pub mod instances;
 mod intake;
+pub mod listing;
 pub mod members;
 pub mod nodes;
 pub mod openapi;
@@ -38,6 +40,7 @@ use axum::Router;
 use envelope::Call;
 use error::ApiError;
 use http::HeaderValue;
+use listing::Listing;
 use mainstay_model::State;
 use parking_lot::{Mutex, RwLockReadGuard};
 use std::sync::Arc;
@@ -91,6 +94,8 @@ pub struct ApiState {
     tunnels: Option<Tunnels>,
     /// Start of the newest read barrier that succeeded: the local state is at least that new.
     fresh: Arc<Mutex<Option<Instant>>>,
+    /// The list of all instances.
+    listing: Arc<Listing>,
 }
 
 /// What JSON is built from.
@@ -115,6 +120,7 @@ impl ApiState {
             peers: None,
             tunnels: None,
             fresh: Arc::default(),
+            listing: Arc::default(),
         }
     }
 
@@ -170,6 +176,7 @@ impl ApiState {
     }
 }
 
+/// How fresh a stale read is at least.
 struct Stale {
     applied: u64,
     age: Option<Duration>,
@@ -192,8 +199,17 @@ impl Reading<'_> {
     }
 
     /// Add the headers of a stale read.
-    fn finish(self, mut response: axum::response::Response) -> axum::response::Response {
-        if let Some(stale) = self.stale {
+    fn finish(self, response: axum::response::Response) -> axum::response::Response {
+        Stale::tell(self.stale, response)
+    }
+}
+
+impl Stale {
+    fn tell(
+        told: Option<Self>,
+        mut response: axum::response::Response,
+    ) -> axum::response::Response {
+        if let Some(stale) = told {
             let headers = response.headers_mut();
             headers.insert("x-mainstay-applied-index", HeaderValue::from(stale.applied));
             if let Some(age) = stale.age {
@@ -212,5 +228,7 @@ pub fn router(state: ApiState) -> Router {
     front::wrap(routes::all().with_state(state), allow_cors)
 }
 
+#[cfg(test)]
+mod listing_tests;
 #[cfg(test)]
 mod view_tests;

@@ -3,7 +3,8 @@
 
 use super::View;
 use super::distributions::DistributionView;
-use super::instances::{InstanceList, InstanceView};
+use super::instances::InstanceView;
+use super::listing_tests::listed;
 use super::nodes::NodeList;
 use super::templates::{TemplateList, TemplateView};
 use crate::agents::liveness::{Heard, Liveness};
@@ -24,14 +25,14 @@ const T0: u64 = 1_709_210_096_007;
 const T0_TEXT: &str = "2024-02-29T12:34:56.007Z";
 
 #[derive(Default)]
-struct Cloud {
-    state: State,
-    soft: Liveness,
+pub(super) struct Cloud {
+    pub(super) state: State,
+    pub(super) soft: Liveness,
     commands: u128,
 }
 
 impl Cloud {
-    fn apply(&mut self, command: Command) -> Outcome {
+    pub(super) fn apply(&mut self, command: Command) -> Outcome {
         self.commands += 1;
         let id = CommandId(self.commands);
         let outcome = self.state.apply(&Envelope {
@@ -42,7 +43,7 @@ impl Cloud {
         assert!(!matches!(outcome, Outcome::Refused(_)), "{outcome:?}");
         outcome
     }
-    fn view(&self) -> View<'_> {
+    pub(super) fn view(&self) -> View<'_> {
         View {
             state: &self.state,
             soft: &self.soft,
@@ -59,7 +60,7 @@ impl Cloud {
         let instance = &view.state.instances[&InstanceId::from(id)];
         serde_json::to_string(&InstanceView::new(view, instance)).unwrap()
     }
-    fn with_template(mut self, tag: &str, arch: &str, copies_needed: u32) -> Self {
+    pub(super) fn with_template(mut self, tag: &str, arch: &str, copies_needed: u32) -> Self {
         self.apply(Command::PublishTag {
             new_template_id: "t1".into(),
             template: "debian".into(),
@@ -79,7 +80,7 @@ impl Cloud {
         });
         self
     }
-    fn with_node(mut self) -> Self {
+    pub(super) fn with_node(mut self) -> Self {
         let spec = NodeSpec {
             name: "mac1".into(),
             ip_address: "10.0.0.9".into(),
@@ -98,7 +99,11 @@ impl Cloud {
         });
         self
     }
-    fn with_instance(mut self, id: &str, change: impl FnOnce(&mut StartRequest)) -> Self {
+    pub(super) fn with_instance(
+        mut self,
+        id: &str,
+        change: impl FnOnce(&mut StartRequest),
+    ) -> Self {
         let mut request = StartRequest {
             template: "t1".into(),
             tag: None,
@@ -122,7 +127,7 @@ impl Cloud {
         });
         self
     }
-    fn bound(mut self, id: &str) -> Self {
+    pub(super) fn bound(mut self, id: &str) -> Self {
         let generation = self.state.instances[&InstanceId::from(id)].generation;
         let binding = Binding {
             instance: id.into(),
@@ -134,7 +139,7 @@ impl Cloud {
         });
         self
     }
-    fn seen(
+    pub(super) fn seen(
         mut self,
         id: &str,
         phase: ObservedPhase,
@@ -157,7 +162,7 @@ impl Cloud {
     }
 }
 
-fn vm(ports: &[(&str, u16, u16)]) -> VmInfo {
+pub(super) fn vm(ports: &[(&str, u16, u16)]) -> VmInfo {
     let rules = ports.iter().map(|&(name, guest_port, host_port)| PortRule {
         name: name.into(),
         guest_port,
@@ -184,7 +189,7 @@ fn an_empty_cloud_lists_arrays() {
     let cloud = Cloud::default();
     let view = cloud.view();
     let text = |json: Result<String, _>| json.unwrap();
-    assert_eq!(text(serde_json::to_string(&InstanceList(view))), "[]");
+    assert_eq!(listed(view), json!([]));
     assert_eq!(
         text(serde_json::to_string(&NodeList { view, only: None })),
         "[]"
@@ -211,7 +216,7 @@ fn a_scheduling_instance_leaves_out_what_is_not_set() {
         cloud.text("i1").contains(r#""progress":0.0,"#),
         "a float, always"
     );
-    let list = serde_json::to_value(InstanceList(cloud.view())).unwrap();
+    let list = listed(cloud.view());
     let wrapper =
         json!([{ "instance_id": "i1", "external_id": null, "name": null, "vm": expected }]);
     assert_eq!(list, wrapper);
@@ -305,7 +310,7 @@ fn a_started_instance_has_a_vm_with_ports_and_a_script_result() {
     let errors = json!(["the script did not end in time"]);
     let script = json!({"return_code": 3, "errors": errors, "did_timeout": true, "stdout": "o", "stderr": "e"});
     assert_eq!(shown["startup_script"], script);
-    let list = serde_json::to_value(InstanceList(cloud.view())).unwrap();
+    let list = listed(cloud.view());
     assert_eq!(
         (&list[0]["name"], &list[0]["external_id"]),
         (&json!("job"), &json!("http://ci"))
@@ -538,9 +543,7 @@ fn a_long_list_is_whole() {
             request: Box::new(request),
         });
     }
-    let text = serde_json::to_vec(&InstanceList(cloud.view())).unwrap();
-    let parsed: Vec<Json> = serde_json::from_slice(&text).unwrap();
-    assert_eq!(parsed.len(), 10_001);
+    assert_eq!(listed(cloud.view()).as_array().unwrap().len(), 10_001);
 }
 
 /// What is shown of `d1`, and of its only node.

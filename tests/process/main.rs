@@ -14,6 +14,7 @@ mod clients;
 mod cluster;
 mod distribute;
 mod faults;
+mod fleet;
 mod gc;
 mod journey;
 mod kills;

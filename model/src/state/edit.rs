@@ -3,7 +3,7 @@
 
 use super::State;
 use super::index::Place;
-use super::instances::share_template_id;
+use super::instances::{next_version, share_template_id};
 use super::journal::Owned;
 use super::key::Key;
 use crate::artifact::{self, Artifact, RepositoryTag};
@@ -127,6 +127,7 @@ impl State {
     /// Its desired generation is set here.
     pub(crate) fn insert_node(&mut self, mut node: Node) {
         node.desired_generation = self.next_desired();
+        self.nodes_version = next_version();
         self.dirty.insert(Key::Node(node.id.clone()));
         self.nodes.insert(node.id.clone(), node);
     }
@@ -136,7 +137,18 @@ impl State {
         let Some(node) = self.nodes.get_mut(id) else {
             return;
         };
+        let shown = |n: &Node| {
+            (
+                n.host().to_owned(),
+                n.config.host.is_some(),
+                n.spec.arch.clone(),
+            )
+        };
+        let before = shown(node);
         change(node);
+        if shown(node) != before {
+            self.nodes_version = next_version();
+        }
         node.updated_ms = self.clock_ms;
         self.dirty.insert(Key::Node(id.clone()));
     }
@@ -155,6 +167,7 @@ impl State {
 
     pub(crate) fn remove_node(&mut self, id: &NodeId) {
         if self.nodes.remove(id).is_some() {
+            self.nodes_version = next_version();
             self.dirty.insert(Key::Node(id.clone()));
         }
         for of in self.evictions.remove(id).unwrap_or_default().into_keys() {

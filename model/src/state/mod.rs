@@ -74,6 +74,8 @@ pub struct State {
     /// Counts changes of desired sets over all nodes, so that a node which was removed and joins
     /// again never sees a generation that its agent has passed already.
     desired_changes: u64,
+    /// Another number whenever what lists show of nodes changed: never replicated.
+    nodes_version: u64,
     index: Index,
     recent: Recent,
     dirty: BTreeSet<Key>,
@@ -147,6 +149,12 @@ impl State {
     /// The same, those that ask for the same thing in one line.
     pub(crate) fn lines(&self) -> Lines<'_> {
         self.index.lines()
+    }
+
+    /// Another number whenever the address or the architecture of any node changed; for comparing within this
+    /// process only, together with [`Instances::version`].
+    pub fn nodes_version(&self) -> u64 {
+        self.nodes_version
     }
 
     /// Whether any instance is without a node and wants one.

@@ -2,7 +2,7 @@
 //! Knows nothing of where they are written.
 
 use super::index::Index;
-use super::instances::share_template_id;
+use super::instances::{next_version, share_template_id};
 use super::key::Key;
 use super::recent::{Place, Recent};
 use super::record::{
@@ -228,6 +228,7 @@ impl State {
             }
             Key::Node(id) => {
                 self.nodes.insert(id, decode(value)?);
+                self.nodes_version = next_version();
             }
             Key::Output(id) => rest.outputs.push((id, decode(value)?)),
             Key::RecentBlock(block) => {

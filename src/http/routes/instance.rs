@@ -3,12 +3,13 @@
 use crate::app::{AppError, Consistency};
 use crate::http::envelope::{self, Call};
 use crate::http::error::ApiError;
-use crate::http::instances::{InstanceList, InstanceView, Instances};
+use crate::http::instances::{InstanceView, Instances};
 use crate::http::openapi::{Answer, Done};
 use crate::http::requests;
-use crate::http::{ApiState, start};
+use crate::http::{ApiState, listing, start};
 use axum::extract::State;
 use axum::response::Response;
+use http::HeaderMap;
 use mainstay_model::command::Command;
 use mainstay_model::{InstanceId, Outcome, Refusal};
 
@@ -16,17 +17,20 @@ use mainstay_model::{InstanceId, Outcome, Refusal};
     summary = "List instances, or show one",
     params(requests::Read),
     responses((status = 200, description = "OK, or FAIL and why", body = Answer<Instances<'_>>)))]
-pub(super) async fn get(State(api): State<ApiState>, call: Call) -> Result<Response, ApiError> {
-    let id = call.text("id")?.map(InstanceId::from);
+pub(super) async fn get(
+    State(api): State<ApiState>,
+    headers: HeaderMap,
+    call: Call,
+) -> Result<Response, ApiError> {
+    let Some(id) = call.text("id")?.map(InstanceId::from) else {
+        return api
+            .list_instances(&call, listing::takes_gzip(&headers))
+            .await;
+    };
     let reading = api.read(&call).await?;
     let view = reading.view();
-    let response = match id {
-        None => envelope::ok(&InstanceList(view)),
-        Some(id) => {
-            let instance = view.state.instances.get(&id);
-            envelope::found(instance.map(|i| InstanceView::new(view, i).explained(view, i)))
-        }
-    };
+    let instance = view.state.instances.get(&id);
+    let response = envelope::found(instance.map(|i| InstanceView::new(view, i).explained(view, i)));
     Ok(reading.finish(response))
 }
 
